@@ -54,7 +54,7 @@ endif
 # Programs
 # ---------------------------------------------------------------------------------------------------------------------
 
-.PHONY: all run test sanitize bench format clean help doctest FORCE
+.PHONY: all run test sanitize mutations bench format clean help doctest FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -115,6 +115,10 @@ sanitize:
 	@$(MAKE) --no-print-directory BUILD=build/sanitize BIN=build/sanitize \
 	    CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all' test
 
+# One planted mistake at a time, each of which the tests must notice (two minutes).
+mutations: $(BUILD)/tests
+	@CXX='$(CXX)' sh test/mutations.sh
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything else
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,6 +140,7 @@ help:
 	@echo 'make run        build, then ./train: train the tiny preset on this repository, with a sample at the end'
 	@echo "make test       build and run the tests; TESTS='-tc=ssd*' runs those whose name matches"
 	@echo 'make sanitize   the tests with the address and undefined-behaviour sanitizers'
+	@echo 'make mutations  plants mistakes in the reference and checks that the tests notice'
 	@echo 'make bench      ./ref_cpu bench'
 	@echo 'make format     clang-format every source'
 	@echo 'make clean      remove what was built'

@@ -931,7 +931,10 @@ struct Run {
                 if ((uint8_t(c) < 0x20 && c != '\n' && c != '\t') || c == 0x7F) fputs("\xEF\xBF\xBD", stdout);
                 else fputc(c, stdout);
         };
-        generate(engine, tokenizer, "\n", 240, sampler, [&](const std::string& bytes) { print(bytes, false); });
+        // Text begins after a line break; most of this repository's begins with a comment.
+        const std::string prompt = s.data.empty() ? "// " : "\n";
+        if (s.data.empty()) print(prompt, false);
+        generate(engine, tokenizer, prompt, 240, sampler, [&](const std::string& bytes) { print(bytes, false); });
         print("", true);
         progress->say("\n---");
     }
@@ -1244,6 +1247,9 @@ int train_program(int argc, char** argv) {
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
+    struct sigaction hangup {};
+    if (sigaction(SIGHUP, nullptr, &hangup) == 0 && hangup.sa_handler != SIG_IGN)  // else: started by nohup
+        sigaction(SIGHUP, &action, nullptr);
     signal(SIGXFSZ, SIG_IGN);
 
     Run run{s, options, data, *tokenizer, *engine, dir, at, program, {}, -1};
@@ -1266,5 +1272,8 @@ int train_main(int argc, char** argv) {
 }
 
 #ifdef TRAIN_MAIN
-int main(int argc, char** argv) { return train_main(argc, argv); }
+int main(int argc, char** argv) {
+    spin_briefly(argv);
+    return train_main(argc, argv);
+}
 #endif

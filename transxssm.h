@@ -182,7 +182,7 @@ class Engine {
     // (B,V), or after every one, (B,n,V). Any split of a text into steps gives the same result up to rounding.
     virtual std::unique_ptr<State> new_state(int64 B, int64 capacity) const = 0;
     virtual void step(State&, const int32_t* tokens, int64 n, float* logits, bool every_token = false) = 0;
-    // State files: layers.I.ssm_state, layers.I.k, layers.I.v, position (docs/format.md).
+    // State files: layers.I.ssm_state, layers.I.k, layers.I.v, position, batch (docs/format.md).
     virtual void save_state(const State&, const std::string& path) const = 0;
     virtual std::unique_ptr<State> load_state(const std::string& path, int64 capacity) const = 0;
 };

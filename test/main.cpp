@@ -6,6 +6,8 @@
 #include <cstdio>
 #include <string>
 
+#include "../common.h"
+
 namespace {
 
 struct Count {
@@ -58,6 +60,7 @@ struct Listener : doctest::IReporter {
 DOCTEST_REGISTER_LISTENER("count", 1, Listener);
 
 int main(int argc, char** argv) {
+    spin_briefly(argv);
     doctest::Context context;
     context.setOption("no-intro", true);
     context.applyCommandLine(argc, argv);
