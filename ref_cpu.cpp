@@ -280,12 +280,13 @@ static void dot_rows(T* y, const T* x, const T* w, int64 ldw, int64 rows, int64 
 }
 
 // A few rows (decoding): packing would cost more than the product, so every row of C is made directly from memory. The
-// limit is reading B once.
+// limit is reading B once. Below 512 KB of B one thread has read it before a second one would have started.
+[[maybe_unused]] static constexpr int64 kFewRowsParallelMin = 1 << 17;
 template <class T>
 static void matmul_few_rows(T* c, int64 ldc, const T* a, int64 lda, const T* b, int64 ldb, Layout lb, int64 M, int64 N,
                             int64 K, bool accumulate) {
     if (lb == Layout::transposed) {
-#pragma omp parallel for schedule(static) if (M * N * K > kParallelMin && !in_parallel())
+#pragma omp parallel for schedule(static) if (M * N * K >= kFewRowsParallelMin && !in_parallel())
         for (int64 n0 = 0; n0 < N; n0 += kDotRows)
             for (int64 m = 0; m < M; ++m) {
                 T y[kDotRows];
@@ -2306,9 +2307,10 @@ Config preset(const std::string& name) {
 
 ParamTable::ParamTable(const Config& c) {
     c.validate();
+    index.assign(size_t((c.L + 1) * kParams), -1);
     const auto add = [&](Param param, int64 layer, const std::string& name, const Shape& shape, Init init) {
         const int64 n = element_count(shape);
-        index[{param, layer}] = specs.size();
+        index[size_t((layer + 1) * kParams + int64(param))] = count;
         specs.push_back({name, param, layer, shape, init, shape.size() == 2, count, n});
         count += n;
     };
@@ -2343,9 +2345,10 @@ ParamTable::ParamTable(const Config& c) {
 }
 
 int64 ParamTable::offset(Param p, int64 layer) const {
-    const auto it = index.find({p, layer});
-    if (it == index.end()) fail("parameter %d of layer %lld is not part of this model", int(p), (long long)layer);
-    return specs[it->second].offset;
+    const size_t i = size_t((layer + 1) * kParams + int64(p));
+    if (i >= index.size() || index[i] < 0)
+        fail("parameter %d of layer %lld is not part of this model", int(p), (long long)layer);
+    return index[i];
 }
 
 const ParamSpec* ParamTable::find(const std::string& name) const {

@@ -119,7 +119,8 @@ struct ParamTable {
     const ParamSpec& at(int64 element) const;  // the parameter that owns an element of the flat buffer
 
   private:
-    std::map<std::pair<Param, int64>, size_t> index;
+    static constexpr int64 kParams = int64(Param::lm_head) + 1;
+    std::vector<int64> index;  // offset of (layer + 1, param), -1 where the layer has no such parameter
 };
 
 // The initial weights, a pure function of (config, seed): every engine starts from the same bits.
