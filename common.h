@@ -90,9 +90,9 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* fmt,
 }
 
 // Called first in main. GCC's OpenMP lets a thread that waits spin for about a millisecond; where another process wants
-// the processor too, that keeps off the very thread that is waited for, and a train step takes up to eight times as long.
-// Spinning for about 30 microseconds costs nothing on a quiet machine. The library reads its setting before main, so the
-// program sets it and starts itself again; a setting of the user's is left alone.
+// the processor too, that keeps off the very thread that is waited for, and a train step takes up to eight times as
+// long. Spinning for about 30 microseconds costs nothing on a quiet machine. The library reads its setting before main,
+// so the program sets it and starts itself again; a setting of the user's is left alone.
 inline void spin_briefly(char** argv) {
 #if defined(_OPENMP) && defined(__linux__)
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
@@ -135,8 +135,8 @@ inline int run_main(const char* program, const std::function<int()>& body) {
 struct Philox {
     uint32_t key[2];
 
-    // The stream called `name` under `seed`. All 64 bits of the seed count: the low half is the first key word, the high
-    // half is mixed into the hash of the name (FNV-1a).
+    // The stream called `name` under `seed`. All 64 bits of the seed count: the low half is the first key word, the
+    // high half is mixed into the hash of the name (FNV-1a).
     Philox(uint64_t seed, const char* name) {
         uint32_t h = 2166136261u;
         for (const char* c = name; *c; ++c) h = (h ^ uint8_t(*c)) * 16777619u;
@@ -1037,8 +1037,8 @@ class Options {
     void add(const char* name, std::string* v, const char* help) { push(name, Kind::Text, v, help); }
     void add(const char* name, std::vector<std::string>* v, const char* help) { push(name, Kind::List, v, help); }
 
-    // Parses argv[first..argc). Returns false after printing --help. Words that are not options go to *positional; where
-    // that is null they are refused.
+    // Parses argv[first..argc). Returns false after printing --help. Words that are not options go to *positional;
+    // where that is null they are refused.
     bool parse(int argc, const char* const* argv, int first, std::vector<std::string>* positional = nullptr) {
         for (int i = first; i < argc; ++i) {
             std::string word = argv[i], value;

@@ -1,8 +1,8 @@
 // ref_cpu.cpp: the whole model on the CPU, forward and backward by hand, in the order in which data flows.
 //
-// READING GUIDE. Each op stands as a pair: X_forward, whose comment gives the equation, and X_backward, which undoes the
-// numbered steps of the forward in reverse and quotes each. All are templates on the number type T: float trains, double
-// is the truth for the gradient check and the oracle.
+// READING GUIDE. Each op stands as a pair: X_forward, whose comment gives the equation, and X_backward, which undoes
+// the numbered steps of the forward in reverse and quotes each. All are templates on the number type T: float trains,
+// double is the truth for the gradient check and the oracle.
 //
 //   1  small helpers      fused multiply-add, exp, dot product, sum
 //   2  matmul             the one fast loop nest; every linear layer and every SSD chunk goes through it
@@ -22,9 +22,9 @@
 //  16  host side          what every engine shares: configuration, parameters, files, sampling, commands
 //  17  main
 //
-// SAME BITS FOR ANY NUMBER OF THREADS. Threads own parts of the output; no sum is ever split between threads, so the order
-// of every addition depends on shapes only. The Makefile turns off automatic contraction of a*b+c (the compiler would be
-// free to choose differently in each build); where a fused multiply-add pays, it is written out.
+// SAME BITS FOR ANY NUMBER OF THREADS. Threads own parts of the output; no sum is ever split between threads, so the
+// order of every addition depends on shapes only. The Makefile turns off automatic contraction of a*b+c (the compiler
+// would be free to choose differently in each build); where a fused multiply-add pays, it is written out.
 #include <chrono>
 
 #include "transxssm.h"
@@ -38,8 +38,8 @@ namespace ref {
 // 1  Small helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// a*b + c with one rounding where the machine does that in one instruction; else the plain expression, since the library's
-// emulation would be a hundred times slower.
+// a*b + c with one rounding where the machine does that in one instruction; else the plain expression, since the
+// library's emulation would be a hundred times slower.
 static inline float fmadd(float a, float b, float c) {
 #ifdef FP_FAST_FMAF
     return __builtin_fmaf(a, b, c);
@@ -55,9 +55,9 @@ static inline double fmadd(double a, double b, double c) {
 #endif
 }
 
-// exp for a float, written so that the compiler can do 8 or 16 at a time (it cannot do that with the library's).
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2: the Taylor series to r^7 leaves 5e-9 relative, below float's
-// 6e-8. ln 2 is subtracted in two parts so that n * ln2_hi is exact. Below -87.3 the result is 0, above 88.4 infinity.
+// exp for a float, written so that the compiler can do 8 or 16 at a time (it cannot do that with the library's). exp(x)
+// = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2: the Taylor series to r^7 leaves 5e-9 relative, below float's 6e-8.
+// ln 2 is subtracted in two parts so that n * ln2_hi is exact. Below -87.3 the result is 0, above 88.4 infinity.
 static inline float exp_(float x) {
     float c = x < 88.8f ? x : 88.8f;  // a NaN becomes 88.8 here and is put back at the end
     c = c > -87.3f ? c : -87.3f;
@@ -79,8 +79,8 @@ static inline float exp_(float x) {
 }
 static inline double exp_(double x) { return std::exp(x); }
 
-// W partial sums side by side, added up pairwise at the end: a fixed order that keeps vector units busy. 64 bytes whatever
-// the machine, so that the order does not depend on it; the compiler splits them where registers are narrower.
+// W partial sums side by side, added up pairwise at the end: a fixed order that keeps vector units busy. 64 bytes
+// whatever the machine, so that the order does not depend on it; the compiler splits them where registers are narrower.
 template <class T>
 struct Lanes {
     static constexpr int64 W = 64 / sizeof(T);
@@ -705,8 +705,8 @@ void ssd_quadratic_forward(T* Y, T* S_T, const T* sc, const T* sb, const T* sx, 
 }
 
 // Each term is a product; each factor's gradient is the rest of the product. A term that decay(t,s) multiplies adds its
-// value times its gradient, z, to d(dA)_u for every u with s < u <= t: noted as +z at u = s+1 and -z at u = t+1, summed up
-// at the end.
+// value times its gradient, z, to d(dA)_u for every u with s < u <= t: noted as +z at u = s+1 and -z at u = t+1, summed
+// up at the end.
 template <class T>
 void ssd_quadratic_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, const T* dY, const T* dS_T, const T* sc,
                             const T* sb, const T* sx, const T* dt, const T* dA, const T* S_0, const SsdShape& n) {
@@ -1120,8 +1120,9 @@ ModelState<T>::ModelState(const Config& c, int64 sequences, int64 tokens) : laye
     }
 }
 
-// One forward for everything: without a state it is training or evaluation of whole sequences from position 0; with one,
-// T_ further tokens of each sequence (a prompt, a part of one, or a single token) continue from (S, K, V, position).
+// One forward for everything: without a state it is training or evaluation of whole sequences from position 0; with
+// one, T_ further tokens of each sequence (a prompt, a part of one, or a single token) continue from (S, K, V,
+// position).
 template <class T>
 double Model<T>::forward(const int32_t* tokens_in, const int32_t* targets_in, int64 sequences, int64 length,
                          const DropoutKey* key, ModelState<T>* state, bool every_token) {

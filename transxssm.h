@@ -166,8 +166,8 @@ class Engine {
     virtual void write(Buffer, const float* host) = 0;
     virtual void read(Buffer, float* host) const = 0;
 
-    // Training, by micro-batches. forward: tokens and targets are (B,T), every sequence starts from the zero state; returns
-    // the mean loss in nats per token. backward ADDS scale * d(mean loss of the last forward) to the gradients.
+    // Training, by micro-batches. forward: tokens and targets are (B,T), every sequence starts from the zero state;
+    // returns the mean loss in nats per token. backward ADDS scale * d(mean loss of the last forward) to the gradients.
     virtual double forward(const int32_t* tokens, const int32_t* targets, int64 B, int64 T,
                            const DropoutKey* dropout = nullptr) = 0;
     virtual void backward(double scale) = 0;
@@ -179,8 +179,8 @@ class Engine {
     // where; "" if all is finite.
     virtual std::string find_non_finite() const = 0;
 
-    // Inference. step consumes n >= 1 further tokens of each sequence, tokens (B,n), and writes the logits after the last,
-    // (B,V), or after every one, (B,n,V). Any split of a text into steps gives the same result up to rounding.
+    // Inference. step consumes n >= 1 further tokens of each sequence, tokens (B,n), and writes the logits after the
+    // last, (B,V), or after every one, (B,n,V). Any split of a text into steps gives the same result up to rounding.
     virtual std::unique_ptr<State> new_state(int64 B, int64 capacity) const = 0;
     virtual void step(State&, const int32_t* tokens, int64 n, float* logits, bool every_token = false) = 0;
     // State files: layers.I.ssm_state, layers.I.k, layers.I.v, position, batch (docs/format.md).
@@ -213,8 +213,8 @@ std::unique_ptr<Tokenizer> make_byte_tokenizer();                      // id = b
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& file);    // a tokenizer.json
 std::unique_ptr<Tokenizer> open_tokenizer(const std::string& choice);  // "bytes" or a file
 
-// A checkpoint directory: config.json, model.safetensors, tokenizer.json (and, from the trainer, more). DIR may be a run's
-// OUT, whose file `latest` names the directory, or the directory itself; resolve_checkpoint returns the latter.
+// A checkpoint directory: config.json, model.safetensors, tokenizer.json (and, from the trainer, more). DIR may be a
+// run's OUT, whose file `latest` names the directory, or the directory itself; resolve_checkpoint returns the latter.
 std::string resolve_checkpoint(const std::string& dir);
 Config load_config(const std::string& dir);
 std::vector<float> load_weights(const std::string& dir, const Config&);  // checks names, shapes, finiteness
@@ -285,8 +285,9 @@ namespace ref {
 struct SsdShape {
     int64 B, T, H, P, N, Q, ld;
 };
-// Shapes of one attention call. q has B*T rows `ld_q` apart, k and v S rows `ld_kv` apart for each sequence and `seq_kv`
-// from one sequence to the next. Query t stands at position S-T+t and sees keys 0..S-T+t. y is (B,T,H*P), lse (B,T,H).
+// Shapes of one attention call. q has B*T rows `ld_q` apart, k and v S rows `ld_kv` apart for each sequence and
+// `seq_kv` from one sequence to the next. Query t stands at position S-T+t and sees keys 0..S-T+t. y is (B,T,H*P), lse
+// (B,T,H).
 struct AttentionShape {
     int64 B, T, S, H, Hkv, P, ld_q, ld_kv, seq_kv;
 };
@@ -298,7 +299,8 @@ struct RopeTable {
     void extend(int64 dim, double theta, int64 count);  // makes at least `count` positions available
 };
 
-// C (M,N) = A (M,K) B (K,N), or += if accumulate. ld: row stride as stored; a transposed operand is stored (K,M) or (N,K).
+// C (M,N) = A (M,K) B (K,N), or += if accumulate. ld: row stride as stored; a transposed operand is stored (K,M) or
+// (N,K).
 enum class Layout { plain, transposed };
 template <class T>
 void matmul(T* c, int64 ldc, const T* a, int64 lda, Layout la, const T* b, int64 ldb, Layout lb, int64 M, int64 N,
@@ -319,7 +321,8 @@ template <class T>
 void rmsnorm_forward(T* u, T* rstd, const T* x, const T* w, double eps, int64 rows, int64 D);
 template <class T>
 void rmsnorm_backward(T* dx, T* dw, const T* du, const T* x, const T* w, const T* rstd, int64 rows, int64 D);
-// Rotates H heads of d elements in place, in B*T rows `ld` apart, from position pos0 on; inverse undoes it (= backward).
+// Rotates H heads of d elements in place, in B*T rows `ld` apart, from position pos0 on; inverse undoes it (=
+// backward).
 template <class T>
 void rope(T* x, const RopeTable<T>& table, int64 B, int64 T_, int64 H, int64 ld, int64 pos0, bool inverse);
 template <class T>
@@ -419,8 +422,8 @@ class Model {
 
     explicit Model(const Config& c) : config(c), table(c), weights(size_t(table.count)), layers(size_t(c.L)) {}
 
-    // See Engine::forward and Engine::step: with a state, the sequences go on from it and it is advanced. Without targets
-    // only the logits are computed: of every token, or of each sequence's last, (B,V).
+    // See Engine::forward and Engine::step: with a state, the sequences go on from it and it is advanced. Without
+    // targets only the logits are computed: of every token, or of each sequence's last, (B,V).
     double forward(const int32_t* tokens, const int32_t* targets, int64 B, int64 T_, const DropoutKey*,
                    ModelState<T>* state, bool every_token = true);
     void backward(double scale);

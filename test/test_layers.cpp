@@ -95,7 +95,8 @@ void check_equal(const SsdResult& got, const SsdResult& want, double tolerance) 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// K products of order 1 are added: each addition is off by at most eps/2 of the sum so far, which stays below 16 or so at these K.
+// K products of order 1 are added: each addition is off by at most eps/2 of the sum so far, which stays below 16 or so
+// at these K.
 template <class T>
 static void matmul_against_triple_loop() {
     const double eps = double(std::numeric_limits<T>::epsilon());
@@ -175,8 +176,9 @@ TEST_CASE("ssd: recurrent, quadratic and chunked are one function, forward and b
 }
 
 TEST_CASE("ssd: in float every form stays within rounding of the double recurrence") {
-    // cs reaches about -2 * 0.26 * 64 = -33 in a chunk, so that cs_t - cs_s carries an error of 33 * 6e-8 = 2e-6, and exp
-    // turns that into a relative 2e-6 per term; the gradients of the decay are differences of sums, ten times larger.
+    // cs reaches about -2 * 0.26 * 64 = -33 in a chunk, so that cs_t - cs_s carries an error of 33 * 6e-8 = 2e-6, and
+    // exp turns that into a relative 2e-6 per term; the gradients of the decay are differences of sums, ten times
+    // larger.
     const SsdCase c(2, 150, 2, 16, 8, 64);
     const SsdResult truth = run_ssd<double>(c, Form::recurrent);
     for (const Form form : {Form::recurrent, Form::quadratic, Form::chunked})

@@ -303,8 +303,8 @@ TEST_CASE("train: four micro-batches of two windows equal one batch of eight") {
     const Args args = small_model + Args{"--data", tmp / "text", "--steps", "4", "--sample-every", "0"};
     REQUIRE(train(args + Args{"--batch", "8", "--out", tmp / "one"}).status == 0);
     REQUIRE(train(args + Args{"--batch", "2", "--grad-accum", "4", "--out", tmp / "four"}).status == 0);
-    // Float sums in another order: relative errors of some 1e-7 per gradient. AdamW divides each by its own size, so that
-    // those few near zero may move by up to the learning rate: 1e-4 of the norm of all weights allows for them.
+    // Float sums in another order: relative errors of some 1e-7 per gradient. AdamW divides each by its own size, so
+    // that those few near zero may move by up to the learning rate: 1e-4 of the norm of all weights allows for them.
     for (const int column : {2, 5})
         CHECK(last_value(tmp / "one", column) == doctest::Approx(last_value(tmp / "four", column)).epsilon(1e-5));
     CHECK_EQ(compare("weights", weights_of(tmp / "four"), weights_of(tmp / "one"), 1e-4), "");
@@ -318,8 +318,8 @@ TEST_CASE("train: four micro-batches of two windows equal one batch of eight") {
 TEST_CASE("train: 10 steps, a stop and 10 more equal 20 steps bit for bit, on 1, 2 and 3 threads") {
     const TempDir tmp;
     write_file(tmp / "text", make_text(8000));
-    // Large enough for all loops to be shared among threads (for the products alone in a sanitizer build, which is thirty
-    // times slower); dropout and micro-batches have random numbers of their own.
+    // Large enough for all loops to be shared among threads (for the products alone in a sanitizer build, which is
+    // thirty times slower); dropout and micro-batches have random numbers of their own.
 #ifdef __SANITIZE_ADDRESS__
     const char* const length = "20";
 #else
