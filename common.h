@@ -13,6 +13,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -105,24 +106,43 @@ inline void spin_briefly(char** argv) {
 #endif
 }
 
+// A message on one line: control characters, which file names may hold, become \xNN and cannot reach a terminal.
+inline std::string one_line(const std::string& message) {
+    std::string s;
+    for (const char c : message)
+        s += uint8_t(c) < 0x20 || c == 0x7F ? format("\\x%02x", unsigned(c)) : std::string(1, c);
+    return s;
+}
+
 // Runs a program's body; turns what it throws into one line on standard error and an exit status.
 inline int run_main(const char* program, const std::function<int()>& body) {
+    signal(SIGXFSZ, SIG_IGN);  // a file at its size limit is an error of write(), which is reported, not a death
+    // A standard stream that came closed would be the number of the first file opened, and output would go into that. Open
+    // for reading, so that writing to it is an error as it was.
+    for (int fd = open("/dev/null", O_RDONLY); fd >= 0; fd = open("/dev/null", O_RDONLY))
+        if (fd > 2) {
+            close(fd);
+            break;
+        }
+    const auto report = [&](const std::string& message, int status) {
+        fflush(stdout);
+        fprintf(stderr, "%s: %s\n", program, one_line(message).c_str());
+        return status;
+    };
+    const char* const memory =
+        "out of memory; a smaller model, --batch, --seq-len or --tokens, or less data, needs less";
     try {
         const int status = body();
         if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output: %s", strerror(errno));
         return status;
     } catch (const UsageError& e) {
-        fflush(stdout);
-        fprintf(stderr, "%s: %s\n", program, e.what());
-        return 2;
+        return report(e.what(), 2);
     } catch (const std::bad_alloc&) {
-        fflush(stdout);
-        fprintf(stderr, "%s: out of memory; a smaller --batch, --seq-len or model needs less\n", program);
-        return 1;
+        return report(memory, 1);
+    } catch (const std::length_error&) {  // a vector of more elements than there can be
+        return report(memory, 1);
     } catch (const std::exception& e) {
-        fflush(stdout);
-        fprintf(stderr, "%s: %s\n", program, e.what());
-        return 1;
+        return report(e.what(), 1);
     }
 }
 
@@ -189,7 +209,7 @@ inline bool parse_int(const std::string& s, int64* out) {
     char* end = nullptr;
     errno = 0;
     const long long v = strtoll(s.c_str(), &end, 10);
-    if (errno || *end || end == s.c_str()) return false;
+    if (errno || end != s.c_str() + s.size()) return false;  // not *end: a NUL may stand in the middle
     *out = v;
     return true;
 }
@@ -198,7 +218,7 @@ inline bool parse_uint(const std::string& s, uint64_t* out) {
     char* end = nullptr;
     errno = 0;
     const unsigned long long v = strtoull(s.c_str(), &end, 10);
-    if (errno || *end) return false;
+    if (errno || end != s.c_str() + s.size()) return false;
     *out = v;
     return true;
 }
@@ -208,7 +228,7 @@ inline bool parse_double(const std::string& s, double* out) {
     char* end = nullptr;
     errno = 0;
     const double v = strtod(s.c_str(), &end);
-    if (*end || end == s.c_str() || !std::isfinite(v)) return false;
+    if (end != s.c_str() + s.size() || !std::isfinite(v)) return false;
     *out = v;
     return true;
 }
@@ -347,6 +367,11 @@ struct Json {
         return s;
     }
     static std::string quote(const std::string& s) {
+        for (size_t i = 0; i < s.size();) {
+            const int n = utf8_sequence(s.data() + i, s.size() - i);
+            if (n <= 0) fail("'%s' is not valid UTF-8 and cannot be written as JSON", s.c_str());
+            i += size_t(n);
+        }
         std::string out = "\"";
         for (const char c : s) {
             if (c == '"' || c == '\\') {
@@ -1073,7 +1098,9 @@ class Options {
                     const std::string next = next_is_value() ? argv[i + 1] : "";
                     value = next == "true" || next == "false" ? argv[++i] : "true";
                 } else {
-                    if (i + 1 >= argc) usage_error("--%s needs a value", o.name.c_str());
+                    if (!next_is_value())
+                        usage_error("--%s needs a value (one that begins with -- is given as --%s=VALUE)",
+                                    o.name.c_str(), o.name.c_str());
                     value = argv[++i];
                 }
             }

@@ -25,9 +25,14 @@
 // SAME BITS FOR ANY NUMBER OF THREADS. Threads own parts of the output; no sum is ever split between threads, so the
 // order of every addition depends on shapes only. The Makefile turns off automatic contraction of a*b+c (the compiler
 // would be free to choose differently in each build); where a fused multiply-add pays, it is written out.
+#include <dirent.h>
+
+#include <dirent.h>
+
 #include <chrono>
 
 #include "transxssm.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -1872,9 +1877,9 @@ int bench_command(int argc, char** argv) {
     Options o("ref_cpu",
               "ref_cpu bench [options]\n\nTimes a train step, decoding and the matrix product; prints medians.");
     o.add("preset", &name, "model");
-    o.add("batch", &B, "sequences of a train step", 1);
-    o.add("seq-len", &length, "tokens of a sequence; 0: the preset's", 0);
-    o.add("tokens", &decode_tokens, "tokens to decode after a prompt of 64", 16);
+    o.add("batch", &B, "sequences of a train step", 1, 1 << 20);
+    o.add("seq-len", &length, "tokens of a sequence; 0: the preset's", 0, 1 << 24);
+    o.add("tokens", &decode_tokens, "tokens to decode after a prompt of 64", 16, 1 << 24);
     if (!o.parse(argc, argv, 1)) return 0;
     const Config c = preset(name);
     if (length == 0) length = c.T;
@@ -2403,6 +2408,22 @@ std::vector<float> initial_weights(const Config& config, uint64_t seed) {
 // Model directories
 // ---------------------------------------------------------------------------------------------------------------------
 
+// The step-N directory with the greatest N, "" if there is none.
+static std::string newest_step(const std::string& dir) {
+    std::string best;
+    int64 best_step = -1, step = 0;
+    if (DIR* d = opendir(dir.c_str())) {
+        while (const dirent* e = readdir(d)) {
+            const std::string name = e->d_name;
+            if (name.compare(0, 5, "step-") != 0 || !parse_int(name.substr(5), &step) || step <= best_step) continue;
+            best = name;
+            best_step = step;
+        }
+        closedir(d);
+    }
+    return best;
+}
+
 std::string resolve_checkpoint(const std::string& given) {
     std::string dir = given;
     while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
@@ -2410,8 +2431,12 @@ std::string resolve_checkpoint(const std::string& given) {
     if (!is_directory(dir)) fail("%s: is a file, expected a checkpoint directory", dir.c_str());
     const std::string latest = dir + "/latest";
     if (!file_exists(latest)) {
-        if (!file_exists(dir + "/config.json"))
-            fail("%s: not a checkpoint: neither config.json nor latest is in it", dir.c_str());
+        if (!file_exists(dir + "/config.json")) {
+            const std::string step =
+                newest_step(dir);  // a run that was killed before it had named its first checkpoint
+            fail("%s: not a checkpoint: neither config.json nor latest is in it%s", dir.c_str(),
+                 step.empty() ? "" : ("; give " + dir + "/" + step).c_str());
+        }
         return dir;
     }
     std::string name = read_file(latest);
@@ -2436,12 +2461,17 @@ class WeightFile {
     WeightFile(const std::string& dir, const Config& c) : config(c), file(dir + "/model.safetensors") {}
 
     std::vector<float> load() {
+        // Sizes are compared before memory is asked for: config.json may hold anything.
+        if (config.L > int64(file.entries.size()))
+            fail("%s: %zu tensors cannot be the num_hidden_layers %lld of config.json", path(), file.entries.size(),
+                 (long long)config.L);
         const ParamTable table(config);
+        for (const ParamSpec& s : table.specs)
+            if (const SafeTensors::Entry* e = file.find(s.name)) check_shape(*e, s.shape);
         std::vector<float> w(size_t(table.count));
         for (const ParamSpec& s : table.specs) {
             float* const to = w.data() + s.offset;
             if (const SafeTensors::Entry* e = take(s.name)) {
-                check_shape(*e, s.shape);
                 file.read(*e, to);
             } else if (!read_published_form(s, to)) {
                 const std::string kind = s.layer < 0 ? "" : config.is_attention(s.layer) ? "an attention" : "an SSD";

@@ -46,7 +46,7 @@ mutate "interleaved RoPE pairs"        's/T \*lo = x + r \* ld + h \* table.d, \
 mutate "dt applied twice"              's/k.tmp\[size_t(s \* n.P + p)\] = k.to_end\[size_t(s)\] \* step/k.tmp[size_t(s * n.P + p)] = step[s * n.H] * k.to_end[size_t(s)] * step/'
 mutate "order of grouped heads"        's/for (int64 h = hkv \* group; h < (hkv + 1) \* group; ++h)/for (int64 h = hkv; h < n.H; h += n.Hkv)/'
 mutate "no 1\/sqrt(P)"                 's/const T scale = T(1.0 \/ std::sqrt(double(n.P)));/const T scale = T(1);/'
-mutate "state read before its update"  's/Y\[(r \* n.H + h) \* n.P + p\] = dot(S + p \* n.N, C, n.N);/Y[(r * n.H + h) * n.P + p] = dot(S + p * n.N, C, n.N) - x * dot(Bt, C, n.N);/'
+mutate "state read before its update"  's/dot_rows(y + p, C, S + p \* n.N, n.N, std::min(kDotRows, n.P - p), n.N);/for (int64 k = p; k < std::min(p + kDotRows, n.P); ++k) y[k] = dot(S + k * n.N, C, n.N) - step * X[k] * dot(Bt, C, n.N);/'
 mutate "position off by one in decode" 's/const int64 pos0 = state ? state->position : 0;/const int64 pos0 = state \&\& state->position ? state->position - 1 : 0;/'
 mutate "tied gradient missing"         's/embedding_backward(g(Param::word_embed), dx, tokens.data(), rows, D);/if (!c.tie) embedding_backward(g(Param::word_embed), dx, tokens.data(), rows, D);/'
 mutate "residual weight on the branch" 's/out\[r \* D + d\] = w\[d\] \* x\[r \* D + d\] + m\[r \* D + d\];/out[r * D + d] = x[r * D + d] + w[d] * m[r * D + d];/'
