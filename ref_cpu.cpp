@@ -27,8 +27,6 @@
 // would be free to choose differently in each build); where a fused multiply-add pays, it is written out.
 #include <dirent.h>
 
-#include <dirent.h>
-
 #include <chrono>
 
 #include "transxssm.h"
@@ -2832,8 +2830,9 @@ int sample_command(const std::string& program, int argc, char** argv, const Engi
 
     // Bytes of a character that is not whole yet wait in `pending`.
     std::string pending;
+    const bool terminal = isatty(1);
     const auto show = [&](const std::string& bytes, bool last) {
-        const std::string text = utf8_stream(&pending, bytes, last);
+        const std::string whole = utf8_stream(&pending, bytes, last), text = terminal ? terminal_text(whole) : whole;
         fwrite(text.data(), 1, text.size(), stdout);
         if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output: %s", strerror(errno));
     };
