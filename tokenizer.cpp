@@ -842,7 +842,7 @@ class TokenizerFile {
     std::unordered_map<std::string, int32_t> ids;  // model.vocab
     std::unordered_map<int32_t, std::string> names;
     int64 size = 0;  // one more than the largest id
-    enum : int64 { most_tokens = int64(1) << 24 };
+    enum : int64 { most_tokens = int64(1) << 21 };
 
     [[noreturn]] void unsupported(const std::string& field, const Json& found, const char* supported) const {
         fail("%s: %s is %s, which is not supported (supported: %s)", file.c_str(), field.c_str(), shown(found).c_str(),
@@ -1537,7 +1537,7 @@ int tokenizer_main(int argc, char** argv) {
     Options options("tokenizer", program_help);
     if (command == "train") {
         options.add("vocab-size", &train.vocab_size, "tokens to make, special ones and the 256 bytes included", 0,
-                    1 << 24);
+                    1 << 21);
         options.add("out", &out, "the tokenizer.json to write");
         options.add("pattern", &pattern, "how text is split into words: gpt2 or cl100k");
         options.add("special", &train.special, "special tokens, which get the first ids");
