@@ -1,4 +1,4 @@
-// Tests of common.h, the tokenizer and the host side: files, options, sampler, configuration, checkpoints, commands.
+// Tests of common.h and the host side: files, options, sampler, configuration, checkpoints, commands.
 #include "check.h"
 
 namespace {
@@ -581,97 +581,6 @@ TEST_CASE("options: unknown names suggest the nearest, malformed and outlying va
     CHECK_ERROR(o.parse({"--data"}), "--data needs at least one value");
     CHECK_ERROR(o.parse({"word"}), "unexpected word 'word'");
     CHECK_ERROR(o.options.from_json(Json::parse("{}", "t"), "t"), "t: setting 'layers' is missing");
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Tokenizer
-// ---------------------------------------------------------------------------------------------------------------------
-
-TEST_CASE("tokenizer: the byte tokenizer's ids are the bytes, and every byte string survives") {
-    const auto t = make_byte_tokenizer();
-    std::string all;
-    for (int i = 0; i < 256; ++i) all += char(uint8_t(i));
-    const std::vector<int32_t> ids = t->encode(all);
-    for (int i = 0; i < 256; ++i) CHECK_EQ(ids[size_t(i)], i);
-    CHECK_EQ(t->decode(ids), all);
-    CHECK_EQ(t->vocab_size(), 256);
-    CHECK_EQ(t->end_of_text(), -1);
-    CHECK_ERROR(t->bytes_of(256), "token id 256");
-    CHECK_ERROR(t->bytes_of(-1), "token id -1");
-}
-
-TEST_CASE("tokenizer: tokenizer.json is read back; what is not supported is named") {
-    TempDir tmp;
-    const std::string text = make_byte_tokenizer()->json();
-    write_file(tmp / "t.json", text);
-    CHECK_EQ(load_tokenizer(tmp / "t.json")->json(), text);
-    CHECK_EQ(open_tokenizer("bytes")->json(), text);
-    CHECK_ERROR(open_tokenizer(tmp / "none.json"), "none.json", "No such file");
-
-    const auto refused = [&](const std::function<void(Json*)>& change, const std::vector<std::string>& parts) {
-        Json j = Json::parse(text, "t");
-        change(&j);
-        put_file(tmp / "bad.json", j.dump());
-        CHECK_EQ(missing_part(error_of([&] { load_tokenizer(tmp / "bad.json"); }), parts), "");
-    };
-    const auto model = [](Json* j) -> Json& {
-        for (auto& k : j->keys)
-            if (k.first == "model") return k.second;
-        return *j;
-    };
-    const Json word = Json::parse("{\"type\":\"Whitespace\"}", "t");
-    refused([&](Json* j) { j->set("normalizer", Json::parse("{\"type\":\"NFC\"}", "t")); },
-            {"bad.json", "normalizer", "NFC"});
-    refused([&](Json* j) { j->set("pre_tokenizer", word); }, {"pre_tokenizer", "Whitespace", "ByteLevel"});
-    refused([&](Json* j) { j->set("pre_tokenizer", Json()); }, {"pre_tokenizer", "null"});
-    refused(
-        [&](Json* j) { j->set("pre_tokenizer", Json::parse(R"({"type":"ByteLevel","add_prefix_space":true})", "t")); },
-        {"pre_tokenizer.add_prefix_space", "true"});
-    refused([&](Json* j) { j->set("decoder", word); }, {"decoder", "Whitespace"});
-    refused([&](Json* j) { j->set("post_processor", word); }, {"post_processor", "Whitespace"});
-    refused([&](Json* j) { j->set("added_tokens", Json::parse("[{}]", "t")); }, {"added_tokens", "a list of 1"});
-    refused([&](Json* j) { j->set("model", 3); }, {"model is missing or not an object"});
-    refused([&](Json* j) { *j = Json::array(); }, {"expected a JSON object"});
-    refused([&](Json* j) { model(j).set("type", "WordPiece"); }, {"model.type", "WordPiece", "BPE"});
-    refused([&](Json* j) { model(j).set("merges", Json::parse("[\"a b\"]", "t")); }, {"model.merges", "a list of 1"});
-    refused([&](Json* j) { model(j).set("dropout", 0.1); }, {"model.dropout", "0.1"});
-    refused([&](Json* j) { model(j).set("vocab", Json::object()); }, {"model.vocab lacks"});
-    refused(
-        [&](Json* j) {
-            Json vocab = *model(j).find("vocab");
-            vocab.set("A", 66);
-            model(j).set("vocab", vocab);
-        },
-        {"model.vocab", "\"A\" has id 66", "65"});
-    refused(
-        [&](Json* j) {
-            Json vocab = *model(j).find("vocab");
-            vocab.set("AB", 256);
-            model(j).set("vocab", vocab);
-        },
-        {"model.vocab has 257 tokens"});
-    for (size_t n = 0; n + 2 < text.size(); n += 61) {
-        put_file(tmp / "bad.json", text.substr(0, n));
-        CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "bad.json: not valid JSON");
-    }
-}
-
-TEST_CASE("tokenizer program: encode and decode undo each other, mistakes get one line") {
-    const std::string text = std::string("A\xC3\xA9\0\xFF\n", 6);
-    RunOptions in;
-    in.input = text;
-    const RunResult ids = run_program("tokenizer", {"encode"}, in);
-    CHECK_EQ(ids.out, "65 195 169 0 255 10\n");
-    in.input = ids.out;
-    CHECK_EQ(run_program("tokenizer", {"decode", "-"}, in).out, text);
-    in.input = "1 x";
-    CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"standard input: 'x' at byte 2"}), "");
-    in.input = "256";
-    CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"token id 256", "vocabulary of 256"}), "");
-    CHECK_EQ(refusal(run_program("tokenizer", {"encdoe"}), 2, {"unknown command 'encdoe'", "'encode'"}), "");
-    CHECK_EQ(refusal(run_program("tokenizer", {"info", "--tokeniser", "x"}), 2, {"--tokeniser", "--tokenizer"}), "");
-    CHECK_EQ(refusal(run_program("tokenizer", {"encode", "/no/such"}), 1, {"/no/such", "No such file"}), "");
-    CHECK_EQ(run_program("tokenizer", {"--help"}).status, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
