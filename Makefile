@@ -92,7 +92,7 @@ $(BUILD)/flags: FORCE
 TEST_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard test/*.cpp))
 DOCTEST_DIR  := build/third_party
 # Quoted for the shell: the directory of the repository may have blanks in its name.
-TEST_FLAGS   = -isystem $(DOCTEST_DIR) '-DPROGRAM_DIR="$(CURDIR)/$(BIN)"' '-DSOURCE_DIR="$(CURDIR)"'
+TEST_FLAGS   = -isystem $(DOCTEST_DIR) '-DPROGRAM_DIR="$(abspath $(BIN))"' '-DSOURCE_DIR="$(CURDIR)"'
 
 # The system's doctest.h, or a package, or a download into build/third_party: the script says which and checks it.
 doctest:
@@ -110,9 +110,10 @@ $(BUILD)/tests: $(TEST_OBJECTS) $(PROGRAMS:%=$(BUILD)/%.o)
 test: all $(BUILD)/tests
 	@$(BUILD)/tests $(TESTS)
 
-# Everything again with the address and undefined-behaviour sanitizers, the programs that the tests start included.
+# Everything again with the address and undefined-behaviour sanitizers, the programs that the tests start included, and a
+# minute of changed tokenizer files.
 sanitize:
-	@$(MAKE) --no-print-directory BUILD=build/sanitize BIN=build/sanitize \
+	@FUZZ_SECONDS=60 $(MAKE) --no-print-directory BUILD=build/sanitize BIN=build/sanitize \
 	    CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all' test
 
 # One planted mistake at a time, each of which the tests must notice (two minutes).

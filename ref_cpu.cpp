@@ -158,7 +158,7 @@ static inline T sum(const T* a, int64 n) {
 //         +--------+              Edges: packing fills up with zeros, and only what is inside C is written.
 //   +---+ +--------+
 //   | A | | C tile | kRows        Order of summation: k ascending in blocks of kDepth, one accumulator per element of C.
-//   +---+ +--------+              It depends on K alone, never on M, N or the thread.
+//   +---+ +--------+              It depends on K alone, not on M, N or the thread (fewer than kRows rows: see below).
 
 #if defined(__AVX512F__) && !defined(__clang__)
 static constexpr int64 kRows = 8, kColBytes = 128;  // 16 registers of 64 bytes
@@ -282,7 +282,7 @@ static void dot_rows(T* y, const T* x, const T* w, int64 ldw, int64 rows, int64 
     }
 }
 
-// A few rows (decoding): packing would cost more than the product, so every row of C is made directly from memory. The
+// A few rows (decoding), with sums of their own order: packing would cost more than the product, so every row of C is made directly from memory. The
 // limit is reading B once. Below 512 KB of B one thread has read it before a second one would have started.
 [[maybe_unused]] static constexpr int64 kFewRowsParallelMin = 1 << 17;
 template <class T>
@@ -974,11 +974,12 @@ void ssd_chunked_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, const
 // ---------------------------------------------------------------------------------------------------------------------
 
 // mask/(1-p) of four neighbouring elements, 4i .. 4i+3. An element is dropped if its random word is below p * 2^32.
-static inline void dropout_factors(float* f, const Philox& stream, const Dropout& d, int64 i) {
+template <class T>
+static inline void dropout_factors(T* f, const Philox& stream, const Dropout& d, int64 i) {
     const Philox::Block r =
         stream(uint32_t(i), d.key.step, d.key.micro_batch, d.site << 8 | uint32_t(uint64_t(i) >> 32));
     const uint32_t threshold = uint32_t(d.p * 4294967296.0);
-    for (int j = 0; j < 4; ++j) f[j] = r.word[j] < threshold ? 0.0f : float(1.0 / (1.0 - d.p));
+    for (int j = 0; j < 4; ++j) f[j] = r.word[j] < threshold ? T(0) : T(1.0 / (1.0 - d.p));
 }
 
 template <class T>
@@ -990,11 +991,11 @@ void residual_forward(T* out, const T* x, const T* m, const T* w, const Dropout&
             for (int64 d = 0; d < D; ++d) out[r * D + d] = w[d] * x[r * D + d] + m[r * D + d];
             continue;
         }
-        float f[4];
+        T f[4] = {};
         for (int64 d = 0; d < D; ++d) {
             const int64 e = r * D + d;
             if (d == 0 || e % 4 == 0) dropout_factors(f, stream, dropout, e / 4);
-            out[e] = w[d] * x[e] + T(f[e % 4]) * m[e];
+            out[e] = w[d] * x[e] + f[e % 4] * m[e];
         }
     }
 }
@@ -1011,13 +1012,13 @@ void residual_backward(T* dx, T* dm, T* dw, const T* dout, const T* x, const T* 
     const Philox stream(dropout.key.seed, "dropout");
 #pragma omp parallel for schedule(static) if (rows * D > kParallelMin)
     for (int64 r = 0; r < rows; ++r) {
-        float f[4];
+        T f[4] = {};
         if (dropout.p == 0) std::copy_n(dout + r * D, D, dm + r * D);
         else
             for (int64 d = 0; d < D; ++d) {
                 const int64 e = r * D + d;
                 if (d == 0 || e % 4 == 0) dropout_factors(f, stream, dropout, e / 4);
-                dm[e] = T(f[e % 4]) * dout[e];
+                dm[e] = f[e % 4] * dout[e];
             }
         for (int64 d = 0; d < D; ++d) dx[r * D + d] = w[d] * dout[r * D + d];
     }
@@ -1130,20 +1131,23 @@ template <class T>
 double Model<T>::forward(const int32_t* tokens_in, const int32_t* targets_in, int64 sequences, int64 length,
                          const DropoutKey* key, ModelState<T>* state, bool every_token) {
     const Config& c = config;
-    B = sequences;
-    T_ = length;
-    const int64 rows = B * T_, D = c.D, F = c.F;
+    const int64 rows = sequences * length, D = c.D, F = c.F;
+    if (sequences < 1 || length < 1)
+        fail("%lld sequences of %lld tokens: expected at least one of each", (long long)sequences, (long long)length);
     for (int64 r = 0; r < rows; ++r)
         for (const int32_t* t : {tokens_in, targets_in})
             if (t && (t[r] < 0 || t[r] >= c.V))
                 fail("token %d is outside the vocabulary of %lld", int(t[r]), (long long)c.V);
+    const int64 pos0 = state ? state->position : 0;
+    if (state && (state->B != sequences || pos0 + length > state->capacity))
+        fail("state has %lld sequences and room for %lld tokens; asked for %lld sequences and %lld tokens",
+             (long long)state->B, (long long)state->capacity, (long long)sequences, (long long)(pos0 + length));
+    B = sequences;
+    T_ = length;
     tokens.assign(tokens_in, tokens_in + rows);
+    targets.clear();  // backward() needs a forward that had some
     dropout_on = key && c.dropout > 0;
     if (key) dropout_key = *key;
-    const int64 pos0 = state ? state->position : 0;
-    if (state && (state->B != B || pos0 + T_ > state->capacity))
-        fail("state has %lld sequences and room for %lld tokens; asked for %lld sequences and %lld tokens",
-             (long long)state->B, (long long)state->capacity, (long long)B, (long long)(pos0 + T_));
     rope_qk.extend(c.P(), c.rope_theta, pos0 + T_);
     rope_cb.extend(c.N, c.rope_theta, pos0 + T_);
     ws.m.resize(size_t(rows * D));
@@ -1252,6 +1256,7 @@ template <class T>
 void Model<T>::backward(double scale) {
     const Config& c = config;
     const int64 rows = B * T_, D = c.D, F = c.F;
+    if (targets.empty()) fail("backward needs a forward with targets before it, each time");
     if (gradients.empty()) gradients.assign(size_t(table.count), T(0));
     for (auto* v : {&ws.dx, &ws.dm, &ws.du, &ws.dy}) v->resize(size_t(rows * D));
     ws.dh.resize(size_t(rows * F));
@@ -1281,6 +1286,7 @@ void Model<T>::backward(double scale) {
         rmsnorm_backward(dx, g(Param::norm1, i), du, a.x.data(), w(Param::norm1, i), a.rstd1.data(), rows, D);
     }
     embedding_backward(g(Param::word_embed), dx, tokens.data(), rows, D);
+    targets.clear();  // logits now hold their gradient: a second backward would be wrong
 }
 
 // ws.dy -> ws.du, and the gradients of the mixer's parameters
@@ -2030,11 +2036,7 @@ INSTANTIATE(double)
 std::unique_ptr<Engine> make_cpu_engine(const Config& c) { return std::make_unique<ref::CpuEngine>(c); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 16  Host side: what every engine shares
-// ---------------------------------------------------------------------------------------------------------------------
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The host side that every engine shares: configuration
+// 16  Host side, what every engine shares: configuration
 // ---------------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -2422,9 +2424,19 @@ static std::string newest_step(const std::string& dir) {
     return best;
 }
 
+std::string strip_slashes(std::string path) {
+    while (path.size() > 1 && path.back() == '/') path.pop_back();
+    return path;
+}
+
+std::string read_name(const std::string& file) {
+    std::string name = file_exists(file) ? read_file(file) : "";
+    while (!name.empty() && isspace(uint8_t(name.back()))) name.pop_back();
+    return name;
+}
+
 std::string resolve_checkpoint(const std::string& given) {
-    std::string dir = given;
-    while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
+    const std::string dir = strip_slashes(given);
     if (!file_exists(dir)) fail("%s: no such directory", dir.c_str());
     if (!is_directory(dir)) fail("%s: is a file, expected a checkpoint directory", dir.c_str());
     const std::string latest = dir + "/latest";
@@ -2437,8 +2449,7 @@ std::string resolve_checkpoint(const std::string& given) {
         }
         return dir;
     }
-    std::string name = read_file(latest);
-    while (!name.empty() && isspace(uint8_t(name.back()))) name.pop_back();
+    const std::string name = read_name(latest);
     if (name.empty() || name == "." || name == ".." || name.find_first_of(std::string("/\n\0", 3)) != std::string::npos)
         fail("%s: expected one line, the name of a directory beside it", latest.c_str());
     if (!is_directory(dir + "/" + name))

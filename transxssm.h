@@ -140,8 +140,9 @@ struct State {
     virtual ~State() = default;
 };
 
-// Where the dropout masks come from: an element is dropped if the 32-bit word of Philox stream "dropout" at counter
-// (element, step, micro_batch, layer and site) is below p * 2^32. Every engine compares the same integers.
+// Where the dropout masks come from. Element e of a tensor (rows,D) is dropped if word e % 4 of the Philox block
+// (seed, "dropout") at counter words (low 32 bits of e/4, step, micro_batch, site << 8 | e/4 >> 32) is below p * 2^32, where
+// site = 2 * layer + {0 mixer, 1 feed-forward}. Every engine compares the same integers.
 struct DropoutKey {
     uint64_t seed;
     uint32_t step, micro_batch;
@@ -216,6 +217,8 @@ std::unique_ptr<Tokenizer> open_tokenizer(const std::string& choice);  // "bytes
 // A checkpoint directory: config.json, model.safetensors, tokenizer.json (and, from the trainer, more). DIR may be a
 // run's OUT, whose file `latest` names the directory, or the directory itself; resolve_checkpoint returns the latter.
 std::string resolve_checkpoint(const std::string& dir);
+std::string read_name(const std::string& file);  // what `latest` or `best` holds; "" if it is not there
+std::string strip_slashes(std::string path);     // without those at the end
 Config load_config(const std::string& dir);
 std::vector<float> load_weights(const std::string& dir, const Config&);  // checks names, shapes, finiteness
 void save_model(const std::string& dir, const Config&, const float* weights, const Tokenizer&);

@@ -330,8 +330,9 @@ TEST_CASE("swiglu: the float exp is exact to rounding from underflow to overflow
     for (int64 i = 0; i < F; ++i) {
         const double g = double(gate_up[size_t(i)]), want = g / (1 + std::exp(-g));
         CAPTURE(g);
-        // 4 roundings of 6e-8 and exp's own 1e-7; below -87.3 exp(-g) is infinite in float and silu is 0, off by 1e-36
-        CHECK(std::fabs(double(h[size_t(i)]) - want) <= 5e-7 * std::fabs(want) + 2e-36);
+        // three roundings of 6e-8 at most and exp's own 1e-7, measured 1.9e-7; below -87.3 exp(-g) is infinite in float
+        // and silu is 0, off by 1e-36
+        CHECK(std::fabs(double(h[size_t(i)]) - want) <= 2.2e-7 * std::fabs(want) + 2e-36);
     }
     const float bad[] = {NAN, 1};
     swiglu_forward(h.data(), bad, 1, 1);

@@ -216,6 +216,116 @@ TEST_CASE("model: float follows double, loss, logits and gradients") {
     }
 }
 
+TEST_CASE("model: rope_theta turns both q, k and C, B, and norm_eps reaches every norm") {
+    for (const auto& kind : all_kinds()) {
+        if (kind.first != "transformer" && kind.first != "pure ssm") continue;
+        CAPTURE(kind.first);
+        const int64 T = 11;
+        const auto logits = [&](const std::function<void(Config&)>& change) {
+            Config c = kind.second;
+            change(c);
+            Model<double> m(c);
+            const auto w = lively_weights(c);
+            for (size_t i = 0; i < w.size(); ++i) m.weights[i] = double(w[i]);
+            const auto tokens = random_tokens(c, T);
+            m.forward(tokens.data(), nullptr, 1, T, nullptr, nullptr);
+            return m;
+        };
+        const Model<double> base = logits([](Config&) {}), theta = logits([](Config&c) { c.rope_theta = 50; }),
+                            eps = logits([](Config&c) { c.norm_eps = 0.3; });
+        CHECK(compare("logits", theta.logits, base.logits, 1e-3) != "");
+        // u = x * rstd * w, so that rstd tells the epsilon: 1/rstd^2 = mean(x^2) + eps, at every norm
+        const Config& c = eps.config;
+        const auto check = [&](const std::vector<double>& rstd, const std::vector<double>& x) {
+            for (int64 r = 0; r < T; ++r) {
+                double squares = 0;
+                for (int64 d = 0; d < c.D; ++d) squares += x[size_t(r * c.D + d)] * x[size_t(r * c.D + d)];
+                CHECK(1 / (rstd[size_t(r)] * rstd[size_t(r)]) ==
+                      doctest::Approx(squares / double(c.D) + 0.3).epsilon(1e-12));
+            }
+        };
+        for (const auto& layer : eps.layers) {
+            check(layer.rstd1, layer.x);
+            check(layer.rstd2, layer.x_mid);
+        }
+        check(eps.rstd_final, eps.x_final);
+    }
+}
+
+TEST_CASE("model: every layer and half has a dropout mask of its own") {
+    Config c = small();
+    c.dropout = 0.5;
+    Model<double> m(c);
+    const auto w = lively_weights(c);
+    std::copy(w.begin(), w.end(), m.weights.begin());
+    const auto tokens = random_tokens(c, 11);
+    const DropoutKey key{1, 2, 3};
+    m.forward(tokens.data(), tokens.data(), 1, 11, &key, nullptr);
+    std::vector<std::vector<bool>> masks;  // dropped: out is exactly res * x
+    for (int64 i = 0; i < c.L; ++i) {
+        const auto& a = m.layers[size_t(i)];
+        const auto& next = i + 1 < c.L ? m.layers[size_t(i + 1)].x : m.x_final;
+        const double *res1 = &m.weights[size_t(m.table.offset(Param::res1, i))],
+                     *res2 = &m.weights[size_t(m.table.offset(Param::res2, i))];
+        std::vector<bool> mixer, ffn;
+        for (size_t e = 0; e < next.size(); ++e) {
+            mixer.push_back(a.x_mid[e] == res1[e % size_t(c.D)] * a.x[e]);
+            ffn.push_back(next[e] == res2[e % size_t(c.D)] * a.x_mid[e]);
+        }
+        masks.push_back(mixer);
+        masks.push_back(ffn);
+    }
+    for (size_t i = 0; i < masks.size(); ++i) {
+        const auto dropped = std::count(masks[i].begin(), masks[i].end(), true);
+        CHECK(std::fabs(double(dropped) - 132) < 5 * 8.2);  // 264 draws of probability 1/2
+        for (size_t j = 0; j < i; ++j) CHECK(masks[i] != masks[j]);
+    }
+}
+
+TEST_CASE("engine: an update is AdamW of every parameter, with decay by the table, clipping and bias correction") {
+    const Config c = small();
+    auto e = lively_engine(c);
+    std::vector<double> w, m(size_t(e->table.count), 0.0), v = m;
+    for (const float x : lively_weights(c)) w.push_back(double(x));
+    const AdamW o{0.8, 0.9, 1e-3, 0.5};
+    for (int64 step = 1; step <= 3; ++step) {
+        const Philox stream(uint64_t(step), "gradient");
+        std::vector<float> g(w.size());
+        for (size_t i = 0; i < g.size(); ++i) g[i] = float(stream.normal_at(i));
+        e->write(Buffer::gradients, g.data());
+        e->update(o, 0.01, step, 0.25);
+        for (const ParamSpec& s : e->table.specs)
+            for (size_t i = size_t(s.offset); i < size_t(s.offset + s.count); ++i) {
+                const double gi = 0.25 * double(g[i]), t = double(step);
+                m[i] = o.beta1 * m[i] + (1 - o.beta1) * gi;
+                v[i] = o.beta2 * v[i] + (1 - o.beta2) * gi * gi;
+                const double decay = s.shape.size() == 2 ? o.weight_decay * w[i] : 0;
+                w[i] -=
+                    0.01 * (m[i] / (1 - std::pow(o.beta1, t)) / (std::sqrt(v[i] / (1 - std::pow(o.beta2, t))) + o.eps) +
+                            decay);
+            }
+        // float: a few roundings of 6e-8 of weights of order 0.2 to 1
+        CHECK_EQ(compare("weights", read_buffer(*e, Buffer::weights), std::vector<float>(w.begin(), w.end()), 1e-6),
+                 "");
+    }
+}
+
+TEST_CASE("engine: backward without a forward that had targets is refused") {
+    const Config c = small();
+    auto e = lively_engine(c);
+    const auto tokens = random_tokens(c, 12);
+    CHECK_ERROR(e->backward(1), "forward");
+    e->forward(tokens.data(), tokens.data() + 1, 1, 11);
+    e->backward(1);
+    CHECK_ERROR(e->backward(1), "forward");  // twice
+    const auto state = e->new_state(1, 20);
+    std::vector<float> logits(size_t(c.V));
+    e->forward(tokens.data(), tokens.data() + 1, 1, 11);
+    e->step(*state, tokens.data(), 3, logits.data());
+    CHECK_ERROR(e->backward(1), "forward");
+    CHECK_ERROR(e->step(*state, tokens.data(), 0, logits.data()), "0 tokens");
+}
+
 TEST_CASE("engine: the same bits for 1, 2 and 3 threads") {
     Config c = small();
     c.D = 96;  // large enough that every parallel loop is parallel
