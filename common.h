@@ -129,8 +129,12 @@ inline int run_main(const char* program, const std::function<int()>& body) {
         fprintf(stderr, "%s: %s\n", program, one_line(message).c_str());
         return status;
     };
-    const char* const memory =
+    static const char memory[] =
         "out of memory; a smaller model, --batch, --seq-len or --tokens, or less data, needs less";
+    std::set_terminate([] {  // an allocation that fails inside an OpenMP region cannot be caught outside it
+        fprintf(stderr, "%s\n", memory);
+        _exit(1);
+    });
     try {
         const int status = body();
         if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output: %s", strerror(errno));

@@ -14,8 +14,6 @@
 #include <dirent.h>
 #include <signal.h>
 
-#include <chrono>
-
 #include "transxssm.h"
 
 namespace {
@@ -64,8 +62,11 @@ const Recipe recipes[] = {
     {"1.3b", 4, 128, 10000, 2e-4, 250, 1 << 22, 1000, 1000},
 };
 
+// A model of --init-from that was not made with a preset, or does not say which.
+const char* const no_preset = "model";
+
 void apply_preset(Settings* s, const std::string& name) {
-    s->config = preset(name);  // refuses unknown names
+    if (name != no_preset) s->config = preset(name);
     s->preset_name = name;
     const Recipe* r = &recipes[0];
     for (const Recipe& candidate : recipes)
@@ -78,17 +79,6 @@ void apply_preset(Settings* s, const std::string& name) {
     s->eval_tokens = r->eval_tokens;
     s->sample_every = r->sample_every;
     s->save_every = r->save_every;
-}
-
-// The value of --preset, which must be known before the other options have their defaults.
-std::string preset_of(int argc, const char* const* argv) {
-    std::string name = "tiny";
-    for (int i = 1; i < argc; ++i) {
-        const std::string word = argv[i];
-        if (word == "--preset" && i + 1 < argc) name = argv[i + 1];
-        if (word.compare(0, 9, "--preset=") == 0) name = word.substr(9);
-    }
-    return name;
 }
 
 std::string join(const std::vector<std::string>& words, const char* separator) {
@@ -150,12 +140,39 @@ void add_options(Options* o, Settings* s) {
     o->add("recompute", &s->recompute, "less memory for more work (on cuda)");
 }
 
-// The device and its settings are checked before any work is done.
-std::string check_device(const Settings& s) {
+// A setting is remembered as JSON, which is UTF-8.
+void check_text(const char* option, const std::string& text, bool may_be_empty = false) {
+    if (text.empty() && !may_be_empty) usage_error("--%s: an empty value", option);
+    for (size_t i = 0; i < text.size();) {
+        const int n = utf8_sequence(text.data() + i, text.size() - i);
+        if (n <= 0) usage_error("--%s: '%s' is not UTF-8", option, text.c_str());
+        i += size_t(n);
+    }
+}
+
+// What the range of each option leaves open. Checked before any work is done, and where a checkpoint is read.
+void check_settings(const Settings& s) {
+    for (const std::string& f : s.data) check_text("data", f);
+    for (const std::string& f : s.val_data) check_text("val-data", f);
+    check_text("tokenizer", s.tokenizer);
+    check_text("init-from", s.init_from, true);
+    if (!s.val_data.empty() && s.data.empty()) usage_error("--val-data needs --data");
+    const std::vector<std::string> presets = preset_names();
+    if (s.preset_name != no_preset && std::find(presets.begin(), presets.end(), s.preset_name) == presets.end())
+        usage_error("--preset: '%s' is not one of %s", s.preset_name.c_str(), join(presets, ", ").c_str());
     if (s.device != "auto" && s.device != "cpu" && s.device != "cuda")
         usage_error("--device: '%s' is not auto, cpu or cuda", s.device.c_str());
     if (s.precision != "auto" && s.precision != "fp32" && s.precision != "bf16")
         usage_error("--precision: '%s' is not auto, fp32 or bf16", s.precision.c_str());
+    int64 n = 0;
+    if (__builtin_mul_overflow(s.batch, s.grad_accum, &n) || __builtin_mul_overflow(n, s.config.T, &n) ||
+        __builtin_mul_overflow(n, s.steps, &n))
+        usage_error("--batch %lld, --grad-accum %lld, --seq-len %lld and --steps %lld make more tokens than 2^63",
+                    (long long)s.batch, (long long)s.grad_accum, (long long)s.config.T, (long long)s.steps);
+}
+
+// What this build can do.
+std::string check_device(const Settings& s) {
     if (s.device == "cuda") fail("--device cuda: this build has no CUDA engine; --device cpu or auto works");
     if (s.precision == "bf16") fail("--precision bf16: the CPU engine computes in fp32 only");
     if (s.recompute) fail("--recompute: the CPU engine keeps all activations; only the CUDA engine can recompute them");
@@ -352,18 +369,42 @@ bool parse_csv_line(const std::string& line, LogRow* r) {
            parse_double(field[5], &r->grad_norm) && parse_double(field[6], &r->tokens_per_s);
 }
 
-// The rows of a log up to `step`, in order, and how many bytes they take with the header. What follows the first line
-// that is not such a row (later steps, or a line cut short by a kill) does not count.
-size_t parse_log(const std::string& text, int64 step, std::vector<LogRow>* rows) {
-    const std::string first = std::string(log_header) + "\n";
-    if (text.compare(0, first.size(), first) != 0) return 0;
-    size_t at = first.size();
-    for (size_t end; (end = text.find('\n', at)) != std::string::npos; at = end + 1) {
+// Opening a pipe would wait for its other end.
+void check_regular(const std::string& file) {
+    struct stat st;
+    if (lstat(file.c_str(), &st) == 0 && !S_ISREG(st.st_mode)) fail("%s: expected a regular file", file.c_str());
+}
+
+const std::string log_start = std::string(log_header) + "\n";
+
+// False if the log holds nothing yet: no text, or a header cut short by a kill. Anything else than a log is refused,
+// because it is about to be overwritten and may be someone's.
+bool is_log(const std::string& file, const std::string& text) {
+    if (text.size() < log_start.size() && log_start.compare(0, text.size(), text) == 0) return false;
+    if (text.compare(0, log_start.size(), log_start) != 0)
+        fail("%s: not a log: its first line is not '%s'; move it away", file.c_str(), log_header);
+    return true;
+}
+
+// The rows of a log up to `step`, in order, and how many bytes they take with the header. What follows them (later
+// steps, or a line cut short by a kill) does not count. A log is on the disk before its checkpoint is, so that it must
+// reach `step`, unless it was begun anew after that.
+size_t parse_log(const std::string& file, const std::string& text, int64 step, std::vector<LogRow>* rows) {
+    if (!is_log(file, text)) return 0;
+    size_t at = log_start.size(), line = 2;
+    bool readable = true;
+    for (size_t end; (end = text.find('\n', at)) != std::string::npos; at = end + 1, ++line) {
         LogRow r;
-        if (!parse_csv_line(text.substr(at, end - at), &r) || r.step > step) break;
-        if (!rows->empty() && r.step <= rows->back().step) break;
+        readable = parse_csv_line(text.substr(at, end - at), &r) && (rows->empty() || r.step > rows->back().step);
+        if (!readable || r.step > step) break;
         rows->push_back(r);
     }
+    if (rows->empty() ? !readable : rows->back().step != step)
+        fail("%s: line %zu: %s, but the checkpoint is at step %lld; repair the file, or move it away", file.c_str(),
+             line,
+             readable ? format("step %lld is the last before it", (long long)rows->back().step).c_str()
+                      : "not a row that follows the line before",
+             (long long)step);
     return at;
 }
 
@@ -372,36 +413,55 @@ class Log {
   public:
     std::vector<LogRow> rows;
 
-    // Begins with the rows of `old` (the text of a log) up to `step`. In place: `old` is what the file holds.
-    Log(const std::string& file, const std::string& old, int64 step, bool in_place) : path(file) {
+    // Takes the lock. Nothing is changed yet; a file that was not there is empty.
+    explicit Log(const std::string& file) : path(file), f(nullptr, fclose) {
+        check_regular(path);
         const int fd = ::open(path.c_str(), O_RDWR | O_CREAT, 0666);
-        if (fd < 0) fail("%s: cannot write: %s", path.c_str(), strerror(errno));
-        f = fdopen(fd, "r+b");
+        if (fd < 0) bad();
+        f.reset(fdopen(fd, "r+b"));
+        if (!f) bad();
         struct flock lock {};
         lock.l_type = F_WRLCK;
         lock.l_whence = SEEK_SET;
         if (fcntl(fd, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN))
             fail("%s: another run is writing into this directory", path.c_str());
-        const size_t keep = parse_log(old, step, &rows);
-        const bool stay = in_place && keep > 0;
-        if (ftruncate(fd, stay ? off_t(keep) : 0) != 0 || fseeko(f, 0, SEEK_END) != 0) bad();
-        if (!stay) write(keep ? old.substr(0, keep) : std::string(log_header) + "\n");
     }
-    Log(const Log&) = delete;
-    Log& operator=(const Log&) = delete;
-    ~Log() { fclose(f); }
+    // Goes on after the row of `step`; what follows it is cut off.
+    void go_on(int64 step) {
+        const size_t keep = parse_log(path, text(), step, &rows);
+        cut(keep);
+        if (keep == 0) write(log_start);
+    }
+    // Begins anew, with the rows of another log up to `step` if `other` names one.
+    void begin(const std::string& other, int64 step) {
+        is_log(path, text());
+        std::string start;
+        if (!other.empty()) {
+            check_regular(other);
+            start = read_file(other);
+            start.resize(parse_log(other, start, step, &rows));
+        }
+        cut(0);
+        write(start.empty() ? log_start : start);
+    }
 
     void add(const LogRow& r) {
         rows.push_back(r);
         write(csv_line(r));
     }
-    void sync() { fsync(fileno(f)); }
+    void sync() { fsync(fileno(f.get())); }
 
   private:
     std::string path;
-    FILE* f = nullptr;
-    void write(const std::string& text) {
-        if (fwrite(text.data(), 1, text.size(), f) != text.size() || fflush(f) != 0) bad();
+    std::unique_ptr<FILE, int (*)(FILE*)> f;
+
+    // Read through `f`: the lock is lost as soon as any other descriptor of the file is closed.
+    std::string text() const { return read_stream(f.get(), path); }
+    void cut(size_t size) {
+        if (ftruncate(fileno(f.get()), off_t(size)) != 0 || fseeko(f.get(), 0, SEEK_END) != 0) bad();
+    }
+    void write(const std::string& data) {
+        if (fwrite(data.data(), 1, data.size(), f.get()) != data.size() || fflush(f.get()) != 0) bad();
     }
     [[noreturn]] void bad() { fail("%s: cannot write: %s", path.c_str(), strerror(errno)); }
 };
@@ -548,6 +608,11 @@ struct Trainer {
     double best_loss = HUGE_VAL;  // of the validation data so far
     int64 best_step = -1;
     std::string train_sha256, val_sha256;
+
+    void forget_best() {
+        best_loss = HUGE_VAL;
+        best_step = -1;
+    }
 };
 
 Json trainer_json(const Trainer& t, const Options& options) {
@@ -563,8 +628,9 @@ Json trainer_json(const Trainer& t, const Options& options) {
     j.set("train_sha256", t.train_sha256);
     j.set("val_sha256", t.val_sha256);
     Json settings = options.to_json();
-    settings.set("stop-after", "0");  // these three concern one start of the program, not the run
+    settings.set("stop-after", "0");  // these four concern one start of the program, not the run
     settings.set("resume", "");
+    settings.set("out", "");
     settings.set("dry-run", "false");
     j.set("settings", settings);
     return j;
@@ -661,30 +727,51 @@ int64 step_of(std::string name, bool* temporary) {
     return step_name(int64(n)) == name ? int64(n) : -1;
 }
 
-// A checkpoint has no subdirectories. What cannot be removed stays: it does no harm.
+// A checkpoint has no subdirectories. What cannot be removed stays: it does no harm. A link is not followed.
 void remove_directory(const std::string& path) {
+    struct stat st;
+    if (lstat(path.c_str(), &st) != 0) return;
+    if (!S_ISDIR(st.st_mode)) {
+        unlink(path.c_str());
+        return;
+    }
     for (const std::string& name : entries_of(path)) unlink((path + "/" + name).c_str());
     rmdir(path.c_str());
 }
 
-// The name in a one-line file; "" if there is none.
-std::string read_name(const std::string& file) {
-    std::string s = file_exists(file) ? read_file(file) : "";
-    return s.substr(0, s.find('\n'));
+// A word of a command that a person can paste into a shell.
+std::string shell_word(const std::string& s) {
+    if (!s.empty() && s.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%") ==
+                          std::string::npos)
+        return s;
+    std::string out = "'";
+    for (const char c : s) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
+    return out + "'";
 }
 
 // The directory OUT of a run.
 class RunDirectory {
   public:
     std::string path;
-    int64 saved = -1;  // step of the checkpoint that `latest` names
+    int64 saved = -1;  // step of the newest whole checkpoint
 
     std::string of(const std::string& name) const { return path + "/" + name; }
-    bool holds_run() const {
+    int64 newest_step() const {  // -1: there is no checkpoint
+        int64 newest = -1;
         bool temporary;
-        for (const std::string& name : entries_of(path))
-            if (name == "latest" || (step_of(name, &temporary) >= 0 && !temporary)) return true;
-        return false;
+        for (const std::string& name : entries_of(path)) {
+            const int64 step = step_of(name, &temporary);
+            if (!temporary) newest = std::max(newest, step);
+        }
+        return newest;
+    }
+    // A run that is there must not be overwritten.
+    void refuse_run() const {
+        const bool named = file_exists(of("latest"));
+        const int64 step = newest_step();
+        if (named || step >= 0)
+            usage_error("--out %s: holds a run already; choose another directory, or go on with it by --resume %s",
+                        path.c_str(), shell_word(named ? path : of(step_name(step))).c_str());
     }
 
     // Everything is written beside its place and moved there by a rename, and `latest` moves last: whenever the program
@@ -708,22 +795,25 @@ class RunDirectory {
             remove_directory(tmp);
             fail("%s: cannot rename from %s.tmp: %s", final_path.c_str(), name.c_str(), strerror(e));
         }
+        saved = t.step;  // whole, even if naming it should fail
         sync_directory(path);
         if (t.best_step == t.step) replace_file(of("best"), name + "\n");
         replace_file(of("latest"), name + "\n");
-        saved = t.step;
         prune();
     }
 
-    // Before a run goes on here: forgets what was written after its checkpoint and was never named by `latest`.
-    void rewind(const Trainer& t) {
-        bool temporary;
-        if (read_name(of("latest")) != step_name(t.step)) replace_file(of("latest"), step_name(t.step) + "\n");
-        if (step_of(read_name(of("best")), &temporary) > t.step) {
-            if (is_directory(of(step_name(t.best_step)))) replace_file(of("best"), step_name(t.best_step) + "\n");
-            else unlink(of("best").c_str());
+    // Before a run goes on here: forgets what was written after its checkpoint and was never named by `latest`. What
+    // is the best is told by the checkpoint; if that one is gone, the best is counted anew.
+    void rewind(Trainer* t) {
+        const std::string name = step_name(t->step), best = step_name(t->best_step);
+        if (read_name(of("latest")) != name) replace_file(of("latest"), name + "\n");
+        if (t->best_step < 0 || !is_directory(of(best))) {
+            t->forget_best();
+            unlink(of("best").c_str());
+        } else if (read_name(of("best")) != best) {
+            replace_file(of("best"), best + "\n");
         }
-        saved = t.step;
+        saved = t->step;
         prune();
     }
 
@@ -765,8 +855,6 @@ std::string make_out(const std::string& out, const std::string& preset_name) {
 // 6  Progress
 // ---------------------------------------------------------------------------------------------------------------------
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 std::string duration_text(double seconds) {
     const int64 s = llround(std::max(0.0, std::min(seconds, 1e9)));
     if (s >= 86400) return format("%lldd %02lldh", (long long)(s / 86400), (long long)(s / 3600 % 24));
@@ -777,12 +865,14 @@ std::string duration_text(double seconds) {
 // On a terminal one line that is rewritten; elsewhere some twenty lines for the whole run, or one every ten seconds.
 class Progress {
   public:
-    Progress(int64 from, int64 end) : first(from), steps(end), terminal(isatty(1)), shown_at(now()) {}
+    // From step `from` to `to` of a schedule of `total` steps.
+    Progress(int64 from, int64 to, int64 total)
+        : first(from), last(to), steps(total), terminal(isatty(1)), shown_at(wall_seconds()) {}
 
     void step(const std::vector<LogRow>& rows, double busy_seconds) {
         const LogRow& r = rows.back();
-        const double t = now();
-        const bool due = terminal ? t - shown_at >= 0.1 || r.step == steps
+        const double t = wall_seconds();
+        const bool due = terminal ? t - shown_at >= 0.1 || r.step == last
                                   : r.step % std::max<int64>(1, steps / 20) == 0 || t - shown_at >= 10;
         if (!due) return;
         shown_at = t;
@@ -795,7 +885,7 @@ class Progress {
         }
         const std::string line = format(
             "%s  loss %.4f  lr %.2e  |grad| %.3f  %s tokens/s  ETA %s", label(r.step).c_str(), loss, r.lr, r.grad_norm,
-            with_commas(llround(1 / rate)).c_str(), duration_text(per_step * double(steps - r.step)).c_str());
+            with_commas(llround(1 / rate)).c_str(), duration_text(per_step * double(last - r.step)).c_str());
         printf(terminal ? "\r\033[K%s" : "%s\n", line.c_str());
         fflush(stdout);
         moving = terminal;
@@ -818,7 +908,7 @@ class Progress {
     }
 
   private:
-    int64 first, steps;
+    int64 first, last, steps;
     bool terminal, moving = false;
     double shown_at;
 };
@@ -836,16 +926,6 @@ void on_signal(int) {
 // 7  The loop
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A word of a command that a person can paste into a shell.
-std::string shell_word(const std::string& s) {
-    if (!s.empty() && s.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./+=:,@%") ==
-                          std::string::npos)
-        return s;
-    std::string out = "'";
-    for (const char c : s) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
-    return out + "'";
-}
-
 std::string not_finite(double v) { return std::isnan(v) ? "NaN" : v < 0 ? "-infinity" : "infinity"; }
 
 // Everything that the loop works on.
@@ -861,6 +941,7 @@ struct Run {
 
     Evaluation last_eval;
     int64 last_eval_step = -1;
+    bool drawn = false, warned = false;  // loss.svg
 
     bool due(int64 every) const { return at.step == s.steps || (every > 0 && at.step % every == 0); }
 
@@ -947,22 +1028,32 @@ struct Run {
         }
     }
 
-    void draw(const Log& log) const {
+    // The curve can be drawn again from log.csv: that it cannot be written is no reason to stop, and is said once.
+    void draw(const Log& log, Progress* progress) {
         const std::string title =
             format("%s, %s parameters", s.preset_name.c_str(), with_commas(engine.table.count).c_str());
-        replace_file(dir.of("loss.svg"), loss_svg(log.rows, s.steps, title));
+        try {
+            replace_file(dir.of("loss.svg"), loss_svg(log.rows, s.steps, title));
+            drawn = true;
+        } catch (const Error& e) {
+            drawn = false;
+            if (warned) return;
+            warned = true;
+            progress->end();
+            fprintf(stderr, "train: warning: %s; training goes on\n", one_line(e.what()).c_str());
+        }
     }
 
     // Trains to the end, to --stop-after or to a signal.
     void loop(Log* log) {
         const int64 first = at.step, end = s.stop_after > 0 ? std::min(s.stop_after, s.steps) : s.steps;
-        Progress progress(first, s.steps);
-        const double began = now();
+        Progress progress(first, end, s.steps);
+        const double began = wall_seconds();
         try {
             while (at.step < end && !stop_requested) {
-                const double t0 = now();
+                const double t0 = wall_seconds();
                 LogRow row = train_step();
-                row.tokens_per_s = double(s.tokens_per_step()) / std::max(1e-9, now() - t0);
+                row.tokens_per_s = double(s.tokens_per_step()) / std::max(1e-9, wall_seconds() - t0);
                 bool best = false, evaluated = false;
                 if (due(s.eval_every)) {
                     evaluated = true;
@@ -970,7 +1061,7 @@ struct Run {
                     row.val_loss = last_eval.nats_per_token;
                 }
                 log->add(row);
-                progress.step(log->rows, now() - began);
+                progress.step(log->rows, wall_seconds() - began);
                 if (evaluated)
                     progress.say(format("%s  validation loss %.4f  perplexity %.2f  bits/byte %.4f%s",
                                         progress.label(at.step).c_str(), last_eval.nats_per_token,
@@ -979,12 +1070,13 @@ struct Run {
                     log->sync();
                     save();
                 }
-                if (evaluated || due(s.save_every)) draw(*log);
+                if (evaluated || due(s.save_every)) draw(*log, &progress);
                 if (due(s.sample_every)) print_sample(&progress);
             }
         } catch (...) {
             progress.end();
-            if (!log->rows.empty()) try_draw(*log);
+            warned = true;  // the error on its way is the one to tell
+            if (!log->rows.empty()) draw(*log, &progress);
             throw;
         }
         progress.end();
@@ -992,18 +1084,13 @@ struct Run {
             log->sync();
             save();
         }
-        draw(*log);
-    }
-    // While another error is on its way, one of the drawing must not hide it.
-    void try_draw(const Log& log) const {
-        try {
-            draw(log);
-        } catch (const Error&) {
-        }
+        draw(*log, &progress);
     }
 
     void print_end(const Log& log, double seconds) const {
-        const std::string bin = parent_directory(program), out = shell_word(dir.path);
+        const bool from_path = program.find('/') == std::string::npos;  // found by the shell, which may not be "here"
+        const std::string bin = from_path ? program_directory(program.c_str()) : parent_directory(program);
+        const std::string out = shell_word(dir.path);
         const bool finished = at.step >= s.steps;
         printf("\n%s after step %lld of %lld, %s tokens, %s\n", finished ? "finished" : "stopped", (long long)at.step,
                (long long)s.steps, with_commas(at.tokens).c_str(), duration_text(seconds).c_str());
@@ -1019,13 +1106,13 @@ struct Run {
         if (at.best_step >= 0)
             printf("  best validation  %.4f nats/token at step %lld\n", at.best_loss, (long long)at.best_step);
         const std::string best = read_name(dir.of("best")), latest = step_name(at.step);
-        printf("  saved in         %s: %s, %slog.csv, loss.svg\n", dir.path.c_str(),
+        printf("  saved in         %s: %s, %slog.csv%s\n", dir.path.c_str(),
                (latest + (best == latest ? " (the latest and the best)" : " (the latest)")).c_str(),
-               best.empty() || best == latest ? "" : (best + " (the best), ").c_str());
+               best.empty() || best == latest ? "" : (best + " (the best), ").c_str(), drawn ? ", loss.svg" : "");
         printf("  sample           %s sample %s --prompt 'The '\n", shell_word(bin + "/ref_cpu").c_str(), out.c_str());
         printf("  %s %s --resume %s%s\n", finished ? "train longer    " : "resume          ",
                shell_word(program).c_str(), out.c_str(),
-               finished ? format(" --steps %lld", (long long)(2 * s.steps)).c_str() : "");
+               finished ? format(" --steps %lld", (long long)std::min<int64>(2 * s.steps, INT32_MAX)).c_str() : "");
     }
 };
 
@@ -1033,25 +1120,79 @@ struct Run {
 // 8  The program
 // ---------------------------------------------------------------------------------------------------------------------
 
+// The preset whose settings are the defaults of the other options: that of --preset, or the one that the model of
+// --init-from was made with. Found by a first reading of the command line; what is wrong in it the second one tells.
+std::string preset_of(int argc, const char* const* argv) {
+    std::vector<const char*> words(argv, argv + argc);
+    for (const char*& w : words)  // help must wait for the defaults: words that are read alike and ask for none
+        if (strcmp(w, "--help") == 0) w = "--dry-run";
+        else if (strcmp(w, "-h") == 0) w = "-H";
+    Settings s;
+    apply_preset(&s, s.preset_name);
+    Options options("train", "");
+    add_options(&options, &s);
+    try {
+        std::vector<std::string> ignored;
+        options.parse(argc, words.data(), 1, &ignored);
+    } catch (const UsageError&) {
+    }
+    if (options.given("preset")) {
+        preset(s.preset_name);  // refuses unknown names
+        return s.preset_name;
+    }
+    if (!options.given("init-from") || options.given("resume")) return s.preset_name;
+    try {
+        Json settings;
+        read_trainer(resolve_checkpoint(s.init_from) + "/trainer.json", &settings);
+        const Json* name = settings.find("preset");
+        if (name && name->type == Json::String) {
+            preset(name->text);
+            return name->text;
+        }
+    } catch (const Error&) {  // a model needs no trainer.json; another mistake will be met again
+    }
+    return no_preset;
+}
+
+// What trainer.json says must fit together.
+void check_trainer(const Trainer& t, const Settings& s, const std::string& checkpoint, const std::string& file) {
+    try {
+        check_settings(s);
+    } catch (const UsageError& e) {
+        fail("%s: setting %s", file.c_str(), e.what());
+    }
+    bool temporary;
+    const std::string name = checkpoint.substr(checkpoint.find_last_of('/') + 1);
+    const long long step = t.step, named = step_of(name, &temporary);
+    if (named >= 0 && step != named)
+        fail("%s: 'step' is %lld, but the directory is %s", file.c_str(), step, name.c_str());
+    if (step > s.steps)
+        fail("%s: 'step' is %lld, beyond its setting 'steps', %lld", file.c_str(), step, (long long)s.steps);
+    // No overflow: check_settings has looked at the product with s.steps.
+    if (t.tokens != step * s.tokens_per_step())
+        fail("%s: 'tokens' is %lld, expected %lld for %lld steps of %lld", file.c_str(), (long long)t.tokens,
+             (long long)(step * s.tokens_per_step()), step, (long long)s.tokens_per_step());
+    if (t.best_step > step)
+        fail("%s: 'best_step' is %lld, beyond 'step', %lld", file.c_str(), (long long)t.best_step, step);
+}
+
 // With --resume: takes the settings of the checkpoint, then those few that may be given anew.
 Trainer take_settings(const std::string& checkpoint, Options* options, Settings* s, int argc, const char* const* argv) {
-    static const std::set<std::string> allowed = {"resume",     "steps",        "stop-after", "out",
-                                                  "eval-every", "sample-every", "save-every", "dry-run"};
+    static const std::vector<std::string> allowed = {"steps",        "stop-after", "out",    "eval-every",
+                                                     "sample-every", "save-every", "dry-run"};
     for (const std::string& name : options->given_names())
-        if (!allowed.count(name))
-            usage_error(
-                "--%s cannot be given with --resume, which takes the settings of %s; only --steps, --stop-after, "
-                "--out, "
-                "--eval-every, --sample-every and --save-every can",
-                name.c_str(), checkpoint.c_str());
+        if (name != "resume" && std::find(allowed.begin(), allowed.end(), name) == allowed.end())
+            usage_error("--%s cannot be given with --resume, which takes the settings of %s; what can be is --%s",
+                        name.c_str(), checkpoint.c_str(), join(allowed, ", --").c_str());
     Json settings;
     const std::string file = checkpoint + "/trainer.json";
     if (!file_exists(file)) fail("%s: not there, so %s cannot be resumed", file.c_str(), checkpoint.c_str());
     const Trainer t = read_trainer(file, &settings);
     options->from_json(settings, file);
-    if (!options->given("out")) s->out.clear();  // where it lies now, which may not be where it was first written
-    options->parse(argc, argv, 1);
     s->config = load_config(checkpoint);
+    check_trainer(t, *s, checkpoint, file);
+    s->out.clear();  // where it lies now, which may not be where it was first written
+    options->parse(argc, argv, 1);
     if (t.step > s->steps)
         usage_error("--steps %lld: %s is already at step %lld", (long long)s->steps, checkpoint.c_str(),
                     (long long)t.step);
@@ -1090,21 +1231,23 @@ void take_config(const std::string& checkpoint, const Options& options, Settings
     s->config = c;
 }
 
-// A setting is remembered as JSON, which is UTF-8.
-void check_utf8(const char* option, const std::string& text) {
-    for (size_t i = 0; i < text.size();) {
-        const int n = utf8_sequence(text.data() + i, text.size() - i);
-        if (n <= 0) usage_error("--%s: '%s' is not UTF-8", option, text.c_str());
-        i += size_t(n);
-    }
+// The message of Config::validate() in terms of the options.
+std::string in_options(std::string message) {
+    static const std::pair<const char*, const char*> names[] = {
+        {"hidden_size", "--d-model"},           {"num_hidden_layers", "--layers"},
+        {"num_attention_heads", "--heads"},     {"num_key_value_heads", "--kv-heads"},
+        {"ssd_state_size", "--d-state"},        {"intermediate_size", "--d-ff"},
+        {"ssd_chunk_size", "--chunk"},          {"max_position_embeddings", "--seq-len"},
+        {"attn_layer_period", "--attn-period"}, {"attn_layer_offset", "--attn-offset"},
+        {"rope_theta", "--rope-theta"},         {"hidden_dropout", "--dropout"},
+    };
+    for (const auto& n : names)
+        for (size_t at; (at = message.find(n.first)) != std::string::npos;)
+            message.replace(at, strlen(n.first), n.second);
+    return message;
 }
 
-std::string strip_slashes(std::string s) {
-    while (s.size() > 1 && s.back() == '/') s.pop_back();
-    return s;
-}
-
-// The sha256 of data that has changed is of no use to a person; which of the two it is, is.
+// The data must be what the run was trained on so far, or it would be another run.
 void check_unchanged(const char* which, const std::string& was, const std::string& is, const Data& data) {
     if (was != is)
         fail("%s: the %s data has changed since the run was saved (sha256 %.12s..., was %.12s...)", data.source.c_str(),
@@ -1123,25 +1266,24 @@ int train_program(int argc, char** argv) {
     add_options(&options, &s);
     if (!options.parse(argc, argv, 1)) return 0;
     const std::string program = argv[0];
+    for (const auto& o : {std::make_pair("resume", &s.resume), {"init-from", &s.init_from}, {"out", &s.out}})
+        if (options.given(o.first) && o.second->empty()) usage_error("--%s: an empty value", o.first);
     if (options.given("heads") && !options.given("kv-heads")) s.config.Hkv = s.config.H;
     const bool resuming = options.given("resume"), from_model = options.given("init-from") && !resuming;
 
     // Settings: from the command line, or from the checkpoint.
     Trainer at;
     std::string checkpoint;
-    if (resuming || from_model) checkpoint = resolve_checkpoint(strip_slashes(resuming ? s.resume : s.init_from));
+    if (resuming || from_model) checkpoint = resolve_checkpoint(resuming ? s.resume : s.init_from);
     if (resuming) at = take_settings(checkpoint, &options, &s, argc, argv);
     if (from_model) take_config(checkpoint, options, &s);
+    check_settings(s);
     const std::string device_note = check_device(s);
-    if (!s.val_data.empty() && s.data.empty()) usage_error("--val-data needs --data");
     if (!resuming) {
         for (std::string& f : s.data) f = absolute_path(f);  // so that the run can be resumed from any directory
         for (std::string& f : s.val_data) f = absolute_path(f);
+        check_settings(s);  // the directory that they lie in is part of them now
     }
-    for (const std::string& f : s.data) check_utf8("data", f);
-    for (const std::string& f : s.val_data) check_utf8("val-data", f);
-    for (const auto& o : {std::make_pair("out", &s.out), {"init-from", &s.init_from}, {"tokenizer", &s.tokenizer}})
-        check_utf8(o.first, *o.second);
 
     // Tokenizer and model.
     std::unique_ptr<Tokenizer> tokenizer;
@@ -1162,13 +1304,13 @@ int train_program(int argc, char** argv) {
     } catch (const UsageError&) {
         throw;
     } catch (const Error& e) {
-        usage_error("%s", e.what());
+        usage_error("%s", in_options(e.what()).c_str());
     }
 
     // Where it goes. A run in progress is never overwritten.
     RunDirectory dir;
     dir.path = strip_slashes(s.out);
-    std::string old_log;
+    std::string old_log, latest;
     bool in_place = false;
     if (resuming) {
         const std::string name = strip_slashes(s.resume), here = absolute_path(checkpoint);
@@ -1180,14 +1322,17 @@ int train_program(int argc, char** argv) {
             usage_error("--resume %s: is not the %s of a run; name a directory for the run with --out",
                         s.resume.c_str(), step_name(at.step).c_str());
         in_place = in_run && absolute_path(dir.path) == absolute_path(from);
-        const std::string latest = read_name(from + "/latest");
-        if (in_place && !latest.empty() && latest != step_name(at.step))
+        latest = read_name(from + "/latest");
+        RunDirectory run;
+        run.path = from;
+        const std::string newest = latest.empty() ? step_name(run.newest_step()) : latest;
+        bool temporary;
+        if (in_place && newest != step_name(at.step) &&
+            (step_of(newest, &temporary) < 0 || step_of(newest, &temporary) > at.step))
             usage_error("--resume %s: the run has gone on to %s; go on from here into another directory with --out",
-                        s.resume.c_str(), latest.c_str());
+                        s.resume.c_str(), newest.c_str());
     }
-    if (!dir.path.empty() && !in_place && dir.holds_run())
-        usage_error("--out %s: holds a run already; choose another directory, or go on with it by --resume %s",
-                    dir.path.c_str(), shell_word(dir.path).c_str());
+    if (!dir.path.empty() && !in_place) dir.refuse_run();
     if (s.stop_after > 0 && s.stop_after < at.step)
         usage_error("--stop-after %lld: %s is already at step %lld", (long long)s.stop_after, checkpoint.c_str(),
                     (long long)at.step);
@@ -1230,18 +1375,29 @@ int train_program(int argc, char** argv) {
                   (checkpoint.empty() ? initial_weights(s.config, s.seed) : load_weights(checkpoint, s.config)).data());
     if (resuming) read_optimizer(checkpoint + "/optimizer.safetensors", engine.get());
 
-    const std::string old_rows = resuming && file_exists(old_log) ? read_file(old_log) : "";
     dir.path = make_out(dir.path, s.preset_name);
-    s.out = dir.path;
-    Log log(dir.of("log.csv"), old_rows, at.step, in_place);
-    if (in_place) dir.rewind(at);
+    Log log(dir.of("log.csv"));
+    // OUT is this run's alone from here on. Another one may have been there since it was looked at.
+    if (in_place) {
+        if (read_name(dir.of("latest")) != latest || !is_directory(dir.of(step_name(at.step))))
+            fail("%s: another run has gone on here since %s was read; start again", dir.path.c_str(),
+                 checkpoint.c_str());
+        log.go_on(at.step);
+        const int64 best = at.best_step;
+        dir.rewind(&at);
+        if (best != at.best_step)
+            printf("best        %s is not there any more; the best is counted anew\n", step_name(best).c_str());
+    } else {
+        dir.refuse_run();
+        at.forget_best();  // it is the best of what OUT holds
+        log.begin(file_exists(old_log) ? old_log : "", at.step);
+    }
     if (resuming) printf("resume      %s, step %lld\n", checkpoint.c_str(), (long long)at.step);
     else if (from_model) printf("weights     %s\n", checkpoint.c_str());
     printf("out         %s\n\n", dir.path.c_str());
     fflush(stdout);
 
-    // SA_RESTART: a signal during a write must not make it fail. Without SIGXFSZ a file that grows beyond the limit of
-    // the shell is an error like a full disk.
+    // SA_RESTART: a signal during a write must not make it fail.
     struct sigaction action {};
     action.sa_handler = on_signal;
     action.sa_flags = SA_RESTART;
@@ -1250,25 +1406,18 @@ int train_program(int argc, char** argv) {
     struct sigaction hangup {};
     if (sigaction(SIGHUP, nullptr, &hangup) == 0 && hangup.sa_handler != SIG_IGN)  // else: started by nohup
         sigaction(SIGHUP, &action, nullptr);
-    signal(SIGXFSZ, SIG_IGN);
 
-    Run run{s, options, data, *tokenizer, *engine, dir, at, program, {}, -1};
-    const double began = now();
+    Run run{s, options, data, *tokenizer, *engine, dir, at, program, {}, -1, false, false};
+    const double began = wall_seconds();
     run.loop(&log);
-    run.print_end(log, now() - began);
+    run.print_end(log, wall_seconds() - began);
     return 0;
 }
 
 }  // namespace
 
 int train_main(int argc, char** argv) {
-    return run_main("train", [&]() -> int {
-        try {
-            return train_program(argc, argv);
-        } catch (const std::length_error&) {  // a vector larger than any memory
-            throw std::bad_alloc();
-        }
-    });
+    return run_main("train", [&] { return train_program(argc, argv); });
 }
 
 #ifdef TRAIN_MAIN

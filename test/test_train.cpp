@@ -412,6 +412,18 @@ TEST_CASE("train: --resume refuses changed settings, data and files, each by nam
     CHECK_EQ(with("trainer.json", swapped(trainer, "\"step\": 5", "\"step\": -5"), {"trainer.json", "step", "-5"}), "");
     CHECK_EQ(with("trainer.json", swapped(trainer, "\"lr\": \"", "\"lr\": \"x"), {"trainer.json", "--lr"}), "");
     CHECK_EQ(with("trainer.json", swapped(trainer, "\"clip\"", "\"clap\""), {"trainer.json", "clip"}), "");
+    const std::string damage[][3] = {{"\"step\": 5", "\"step\": 4", "step-5"},
+                                     {"\"tokens\": 160", "\"tokens\": 161", "expected 160"},
+                                     {"\"best_step\": null", "\"best_loss\": 1, \"best_step\": 6", "best_step"},
+                                     {"\"steps\": \"20\"", "\"steps\": \"4\"", "'steps'"},
+                                     {"\"device\": \"auto", "\"device\": \"gpu", "--device"},
+                                     {"\"precision\": \"auto", "\"precision\": \"fp8", "--precision"},
+                                     {"\"preset\": \"tiny", "\"preset\": \"../x", "--preset"},
+                                     {"\"batch\": \"2\"", "\"batch\": \"0\"", "--batch"}};
+    for (const auto& d : damage)
+        CHECK_EQ(with("trainer.json", swapped(swapped(trainer, "\"best_loss\": null,", ""), d[0], d[1]),
+                      {"trainer.json: ", d[2]}),
+                 "");
     CHECK_EQ(with("optimizer.safetensors", optimizer.substr(0, optimizer.size() - 4),
                   {"optimizer.safetensors", "truncated"}),
              "");
@@ -498,8 +510,8 @@ TEST_CASE("train: Ctrl-C and SIGTERM end a run after its step, with a checkpoint
     const TempDir tmp;
     write_file(tmp / "text", make_text(4000));
     const RunOptions options = one_thread();
-    const Args args =
-        small_model + Args{"--data", tmp / "text", "--steps", "1000000", "--sample-every", "0", "--eval-every", "0"};
+    const Args args = small_model + Args{"--data", tmp / "text",   "--steps", "1000000",      "--sample-every",
+                                         "0",      "--eval-every", "0",       "--save-every", "0"};
     for (const int signal : {SIGINT, SIGTERM}) {
         const std::string run = tmp / ("run" + std::to_string(signal));
         Process p("train", args + Args{"--out", run}, options);
@@ -541,10 +553,184 @@ TEST_CASE("train: --init-from starts from a model's weights and takes its shape"
                   Args{"--steps", "1", "--seq-len", "24", "--dropout", "0.2", "--d-model", "16", "--out", tmp / "long"})
                 .status == 0);
     CHECK(load_config(resolve_checkpoint(tmp / "long")).T == 24);
+    // The name is the preset that the model was made with; without a trainer.json nobody knows.
+    CHECK(contains(train(data + Args{"--init-from", tmp / "first", "--dry-run"}).out, "preset=tiny"));
+    REQUIRE(unlink((tmp / "same/step-1/trainer.json").c_str()) == 0);
+    CHECK(contains(train(data + Args{"--init-from", tmp / "same", "--dry-run"}).out, "preset=model"));
     CHECK_EQ(refused(2, from + Args{"--d-model", "32"}, {"--d-model", "32", "16", "--init-from"}), "");
     CHECK_EQ(refused(2, from + Args{"--tie", "false"}, {"--tie"}), "");
     CHECK_EQ(refused(2, from + Args{"--preset", "5m"}, {"5m", "layers"}), "");
     CHECK_EQ(refused(1, data + Args{"--init-from", tmp / "none"}, {"none"}), "");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What lies in OUT
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A pipe in the place of a data file holds a program up after it has looked at OUT and before it takes the lock.
+struct SlowData {
+    std::string file, text;
+    int fd = -1;
+    SlowData(const std::string& path, const std::string& contents) : file(path), text(contents) {
+        unlink(file.c_str());
+        if (mkfifo(file.c_str(), 0600) != 0) fail("mkfifo: %s", strerror(errno));
+    }
+    bool wait_for_reader() {  // at most 20 seconds; then the name is free for another file, and the reader still waits
+        for (int i = 0; i < 4000 && (fd = open(file.c_str(), O_WRONLY | O_NONBLOCK)) < 0; ++i) sleep_ms(5);
+        unlink(file.c_str());
+        return fd >= 0;
+    }
+    void release() {
+        if (write(fd, text.data(), text.size()) != ssize_t(text.size())) fail("write: %s", strerror(errno));
+        close(fd);
+    }
+};
+
+TEST_CASE("train: a run that has gone on, or begun, since a second program looked at it is left alone") {
+    const TempDir tmp;
+    const std::string text = make_text(4000), run = tmp / "run", file = tmp / "text";
+    write_file(file, text);
+    // The best, step-5, stays where it is: only `latest` tells the second program that the first went on.
+    const Args args =
+        small_model + Args{"--data", file, "--steps", "20", "--eval-every", "5", "--sample-every", "0", "--out", run};
+    {
+        SlowData slow(file, text);
+        Process second("train", args, one_thread());
+        REQUIRE(slow.wait_for_reader());
+        write_file(file, text);
+        REQUIRE(train(args + Args{"--stop-after", "5"}).status == 0);
+        slow.release();
+        CHECK_EQ(refusal(second.wait(), 2, {"--out", "--resume " + run}), "");
+    }
+    {
+        SlowData slow(file, text);
+        Process second("train", {"--resume", run}, one_thread());
+        REQUIRE(slow.wait_for_reader());
+        write_file(file, text);
+        REQUIRE(train({"--resume", run, "--stop-after", "7"}).status == 0);
+        slow.release();
+        CHECK_EQ(refusal(second.wait(), 1, {run, "another run", "step-5"}), "");
+    }
+    CHECK_EQ(read_file(run + "/latest"), "step-7\n");
+    CHECK(last_value(run, 0) == 7);
+    CHECK(train({"--resume", run, "--stop-after", "8"}).status == 0);
+}
+
+TEST_CASE("train: a log.csv that is no log, or does not reach the checkpoint, is not overwritten") {
+    const TempDir tmp;
+    write_file(tmp / "text", make_text(3000));
+    const std::string run = tmp / "run", log = run + "/log.csv";
+    const Args args = small_model + Args{"--data", tmp / "text", "--steps", "9", "--sample-every", "0", "--out", run};
+    make_directory(run);
+    write_file(log, "my notes\n");
+    CHECK_EQ(refused(1, args, {log, "not a log", "step,tokens"}), "");
+    CHECK_EQ(read_file(log), "my notes\n");
+    unlink(log.c_str());
+    REQUIRE(mkfifo(log.c_str(), 0600) == 0);
+    CHECK_EQ(refused(1, args, {log, "regular file"}), "");
+    unlink(log.c_str());
+    REQUIRE(train(args + Args{"--stop-after", "5"}).status == 0);
+
+    const std::string whole = read_file(log);
+    const auto resume = [&](const std::string& contents, const std::vector<std::string>& parts) {
+        write_file(log, contents);
+        const std::string problem = refused(1, {"--resume", run, "--stop-after", "6"}, parts);
+        return read_file(log) == contents ? problem : "log.csv was changed";
+    };
+    std::string crlf, bad = whole;
+    for (const char c : whole) crlf += c == '\n' ? std::string("\r\n") : std::string(1, c);
+    bad[bad.find("\n3,") + 1] = 'x';
+    CHECK_EQ(resume(crlf, {log, "not a log"}), "");
+    CHECK_EQ(resume(bad, {log, "line 4", "step 5"}), "");
+    CHECK_EQ(resume(whole.substr(0, whole.find("\n5,") + 1), {log, "step 4", "step 5"}), "");
+    // None at all, or one that a kill left without a row, is begun anew.
+    for (const std::string& contents : {std::string("step,tok"), std::string()}) {
+        unlink(log.c_str());
+        if (!contents.empty()) write_file(log, contents);
+        const int64 step = atoll(read_file(run + "/latest").c_str() + 5);
+        CHECK(train({"--resume", run, "--stop-after", std::to_string(step + 1)}).status == 0);
+        CHECK(last_value(run, 0) == double(step + 1));
+    }
+    CHECK(train({"--resume", run, "--stop-after", "8"}).status == 0);
+    CHECK(contains(log_of(run), "\n7,224,"));
+    CHECK(contains(log_of(run), "\n8,256,"));
+}
+
+TEST_CASE("train: a checkpoint that `latest` does not name yet can be gone on from, and links are not followed") {
+    const TempDir tmp;
+    write_file(tmp / "text", make_text(3000));
+    const std::string run = tmp / "run";
+    const Args args = small_model + Args{"--data", tmp / "text", "--steps", "9", "--sample-every", "0", "--out", run};
+    REQUIRE(train(args + Args{"--stop-after", "5"}).status == 0);
+    unlink((run + "/latest").c_str());
+    CHECK_EQ(refused(2, args, {"--out", "--resume " + run + "/step-5"}), "");
+    CHECK_EQ(refused(1, {"--resume", run}, {run + "/step-5"}), "");
+    make_directory(tmp / "elsewhere");
+    write_file(tmp / "elsewhere/file", "mine");
+    REQUIRE(symlink((tmp / "elsewhere").c_str(), (run + "/step-6.tmp").c_str()) == 0);
+    REQUIRE(symlink((tmp / "elsewhere").c_str(), (run + "/step-2").c_str()) == 0);
+    CHECK(train({"--resume", run + "/step-5", "--stop-after", "6"}).status == 0);
+    CHECK_EQ(list_directory(run), Args{"latest", "log.csv", "loss.svg", "step-6"});
+    CHECK_EQ(read_file(tmp / "elsewhere/file"), "mine");
+    // A save that fails once the checkpoint is whole: here `latest` cannot be replaced.
+    make_directory(run + "/latest.tmp");
+    CHECK_EQ(refused(1, {"--resume", run, "--stop-after", "7"},
+                     {"latest.tmp", "the last good checkpoint is " + run + "/step-7"}),
+             "");
+    rmdir((run + "/latest.tmp").c_str());
+    CHECK_EQ(read_file(run + "/latest"), "step-6\n");
+    CHECK(train({"--resume", run + "/step-7", "--stop-after", "8"}).status == 0);
+    CHECK_EQ(read_file(run + "/latest"), "step-8\n");
+}
+
+TEST_CASE("train: best is what the checkpoint says, and a branch counts its own") {
+    const TempDir tmp;
+    write_file(tmp / "text", make_text(4000));
+    write_file(tmp / "other", make_text(400, 2) + std::string(1000, '#'));
+    const std::string run = tmp / "run";
+    REQUIRE(train(small_model + Args{"--data", tmp / "text", "--val-data", tmp / "other", "--eval-tokens", "0",
+                                     "--steps", "60", "--lr", "3e-2", "--eval-every", "5", "--stop-after", "50",
+                                     "--sample-every", "0", "--out", run})
+                .status == 0);
+    const std::string best = read_name(run + "/best");
+    REQUIRE(best != "step-50");
+    // The branch does not have that checkpoint: it must not claim it.
+    const RunResult branch = train({"--resume", run, "--out", tmp / "branch", "--stop-after", "56"});
+    CHECK(branch.status == 0);
+    const std::string its_best = read_name(tmp / "branch/best");
+    CHECK(is_directory(tmp / "branch/" + its_best));
+    CHECK(contains(branch.out, "at step " + its_best.substr(5) + "\n"));
+    // In place: a name that was lost or is wrong is set right; a checkpoint that was lost is forgotten.
+    write_file(run + "/best", "step-50\n");
+    REQUIRE(train({"--resume", run, "--stop-after", "51"}).status == 0);
+    CHECK_EQ(read_name(run + "/best"), best);
+    CHECK(is_directory(run + "/" + best));
+    remove_tree(run + "/" + best);
+    const RunResult lost = train({"--resume", run, "--stop-after", "52"});
+    CHECK(lost.status == 0);
+    CHECK(!contains(lost.out, "best validation"));
+    CHECK_EQ(list_directory(run), Args{"latest", "log.csv", "loss.svg", "step-52"});
+}
+
+TEST_CASE("train: OUT may have any name, and the curve may fail") {
+    const TempDir tmp;
+    write_file(tmp / "text", make_text(3000));
+    const std::string run = tmp / "\xFF run";
+    const Args args = small_model + Args{"--data", tmp / "text", "--steps", "9", "--sample-every", "0"};
+    REQUIRE(train(args + Args{"--stop-after", "2", "--out", run}).status == 0);
+    make_directory(run + "/loss.svg.tmp");
+    const RunResult r = train({"--resume", run, "--stop-after", "4", "--save-every", "1"});
+    CHECK_EQ(refusal(r, 0, {"warning", "loss.svg"}), "");
+    CHECK(contains(r.out, "step-4 (the latest), log.csv\n"));
+    CHECK_EQ(read_name(run + "/latest"), "step-4");
+    // Called by its bare name, the program knows where the others are.
+    RunOptions options = one_thread();
+    options.env.push_back(std::string("PATH=") + PROGRAM_DIR + ":/usr/bin:/bin");
+    rmdir((run + "/loss.svg.tmp").c_str());
+    const RunResult path = run_program("/bin/sh", {"-c", "train --resume \"$1\" --stop-after 5", "sh", run}, options);
+    CHECK(path.status == 0);
+    CHECK(contains(path.out, "/ref_cpu"));
+    CHECK(!contains(path.out, "./ref_cpu"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -584,14 +770,23 @@ TEST_CASE("train: every mistake on the command line is one line that names it, e
     CHECK_EQ(usage({"--seed", "-1"}, {"--seed", "-1"}), "");
     CHECK_EQ(usage({"--tie", "--lr"}, {"--lr", "value"}), "");
     CHECK_EQ(usage({"--preset", "tinny"}, {"tinny", "tiny"}), "");
-    CHECK_EQ(usage({"--heads", "3"}, {"128", "3", "divisible"}), "");
+    CHECK_EQ(usage({"--heads", "3"}, {"--d-model 128", "divisible", "--heads 3"}), "");
     CHECK_EQ(usage({"--d-model", "130", "--heads", "26"}, {"5", "even"}), "");
-    CHECK_EQ(usage({"--d-state", "7"}, {"7", "even"}), "");
-    CHECK_EQ(usage({"--kv-heads", "3"}, {"4", "3", "divisible"}), "");
+    CHECK_EQ(usage({"--d-state", "7"}, {"--d-state", "7", "even"}), "");
+    CHECK_EQ(usage({"--kv-heads", "3"}, {"--heads 4", "--kv-heads 3", "divisible"}), "");
+    for (const char* name : {"--data", "--val-data", "--tokenizer", "--resume", "--init-from", "--out"})
+        CHECK_EQ(usage({name + std::string("=")}, {name, "empty"}), "");
+    CHECK_EQ(usage({"--batch", "16777216", "--grad-accum", "16777216", "--steps", "2147483647"},
+                   {"--batch 16777216", "--steps", "2^63"}),
+             "");
+    CHECK_EQ(usage({"--out", "--preset", "5m"}, {"--out", "value"}), "");
     CHECK_EQ(usage({"--device", "gpu"}, {"--device", "gpu"}), "");
     CHECK_EQ(usage({"--precision", "fp16"}, {"--precision", "fp16"}), "");
     CHECK(train({"--help"}).status == 0);
     CHECK(contains(train({"--preset", "320m", "--help"}).out, "--d-model N            width [768]"));
+    CHECK(contains(train({"--help", "--preset=320m"}).out, "--d-model N            width [768]"));
+    // A value is not an option.
+    CHECK(contains(train({"--data", tmp / "text", "--out", "-h", "--preset", "5m", "--dry-run"}).out, "lr=0.001"));
 }
 
 TEST_CASE("train: data, devices and files that cannot be used are one line that names them, exit status 1") {
