@@ -326,13 +326,14 @@ inline std::string utf8_stream(std::string* pending, const std::string& bytes, b
     return out;
 }
 
-// Text for a terminal: control characters other than line feed and tab become U+FFFD, so that no sampled or foreign text can
+// Text for a terminal: control characters other than line feed and tab become U+FFFD (a carriage return nothing, since many
+// texts end their lines with one), so that no sampled or foreign text can
 // drive it.
 inline std::string terminal_text(const std::string& text) {
     std::string s;
     for (const char c : text)
-        if ((uint8_t(c) < 0x20 && c != '\n' && c != '\t') || c == 0x7F) s += "\xEF\xBF\xBD";
-        else s += c;
+        if ((uint8_t(c) < 0x20 && c != '\n' && c != '\t' && c != '\r') || c == 0x7F) s += "\xEF\xBF\xBD";
+        else if (c != '\r') s += c;
     return s;
 }
 

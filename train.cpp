@@ -1007,10 +1007,7 @@ struct Run {
         sampler.seed = s.seed + uint64_t(at.step);
         std::string pending;
         const auto print = [&](const std::string& bytes, bool last) {
-            // Control characters must not reach the terminal.
-            for (const char c : utf8_stream(&pending, bytes, last))
-                if ((uint8_t(c) < 0x20 && c != '\n' && c != '\t') || c == 0x7F) fputs("\xEF\xBF\xBD", stdout);
-                else fputc(c, stdout);
+            fputs(terminal_text(utf8_stream(&pending, bytes, last)).c_str(), stdout);
         };
         // Text begins after a line break; most of this repository's begins with a comment.
         const std::string prompt = s.data.empty() ? "// " : "\n";
