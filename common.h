@@ -131,10 +131,17 @@ inline int run_main(const char* program, const std::function<int()>& body) {
     };
     static const char memory[] =
         "out of memory; a smaller model, --batch, --seq-len or --tokens, or less data, needs less";
-    std::set_terminate([] {  // an allocation that fails inside an OpenMP region cannot be caught outside it
-        fprintf(stderr, "%s\n", memory);
-        _exit(1);
-    });
+    std::set_terminate(
+        [] {  // what is thrown inside an OpenMP region, a failed allocation say, cannot be caught outside it
+            try {
+                if (std::current_exception()) std::rethrow_exception(std::current_exception());
+            } catch (const std::bad_alloc&) {
+                fprintf(stderr, "%s\n", memory);
+            } catch (const std::exception& e) {
+                fprintf(stderr, "%s\n", one_line(e.what()).c_str());
+            }
+            _exit(1);
+        });
     try {
         const int status = body();
         if (fflush(stdout) != 0 || ferror(stdout)) fail("standard output: %s", strerror(errno));
@@ -326,9 +333,8 @@ inline std::string utf8_stream(std::string* pending, const std::string& bytes, b
     return out;
 }
 
-// Text for a terminal: control characters other than line feed and tab become U+FFFD (a carriage return nothing, since many
-// texts end their lines with one), so that no sampled or foreign text can
-// drive it.
+// Text for a terminal, which no sampled or foreign text may drive: control characters other than line feed and tab become
+// U+FFFD, and a carriage return nothing, since many texts end their lines with one.
 inline std::string terminal_text(const std::string& text) {
     std::string s;
     for (const char c : text)
