@@ -939,16 +939,27 @@ class SafeTensors {
             }
         }
     }
-    int64 read_integer(const Entry& e) const {
-        int64 wide = 0;
-        int32_t narrow = 0;
+    // Integers as T, which must hold them: int64, or double where they are known to be small.
+    template <class T>
+    void read_integers(const Entry& e, T* out) const {
+        if (e.dtype != DType::I64 && e.dtype != DType::I32)
+            fail("%s: tensor '%s' is %s, expected integers", path.c_str(), e.name.c_str(), dtype_name(e.dtype));
         seek(e);
+        for (int64 i = 0; i < element_count(e.shape); ++i) {
+            int64 wide = 0;
+            int32_t narrow = 0;
+            if (e.dtype == DType::I64 ? fread(&wide, 8, 1, f.get()) != 1 : fread(&narrow, 4, 1, f.get()) != 1)
+                fail("%s: tensor '%s': cannot read its data", path.c_str(), e.name.c_str());
+            out[i] = T(e.dtype == DType::I64 ? wide : narrow);
+        }
+    }
+    int64 read_integer(const Entry& e) const {
+        int64 value = 0;
         if (element_count(e.shape) != 1 || (e.dtype != DType::I64 && e.dtype != DType::I32))
             fail("%s: tensor '%s' is %s %s, expected one integer", path.c_str(), e.name.c_str(), dtype_name(e.dtype),
                  to_text(e.shape).c_str());
-        const bool ok = e.dtype == DType::I64 ? fread(&wide, 8, 1, f.get()) == 1 : fread(&narrow, 4, 1, f.get()) == 1;
-        if (!ok) fail("%s: tensor '%s': cannot read its data", path.c_str(), e.name.c_str());
-        return e.dtype == DType::I64 ? wide : narrow;
+        read_integers(e, &value);
+        return value;
     }
 
   private:

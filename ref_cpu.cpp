@@ -20,7 +20,9 @@
 //  14  gradient check     every gradient above against central differences
 //  15  benchmark
 //  16  host side          what every engine shares: configuration, parameters, files, sampling, commands
-//  17  main
+//  17  the oracle         every number of a pass, for other implementations
+//  18  compare            an oracle and a candidate
+//  19  main
 //
 // SAME BITS FOR ANY NUMBER OF THREADS. Threads own parts of the output; no sum is ever split between threads, so the
 // order of every addition depends on shapes only. The Makefile turns off automatic contraction of a*b+c (the compiler
@@ -811,6 +813,24 @@ static void chunk_decay(T* decay, const T* cs, int64 q) {
     }
 }
 
+// cs_t = dA_first + ... + dA_t, of a chunk of q tokens, which lie `stride` apart.
+template <class T>
+static void chunk_cumsum(T* cs, int64 cs_stride, const T* dA, int64 dA_stride, int64 q) {
+    T running = 0;
+    for (int64 t = 0; t < q; ++t) cs[t * cs_stride] = running += dA[t * dA_stride];
+}
+
+// The same for all chunks: cs, dA (B,length,H).
+template <class T>
+static void chunk_cumsums(std::vector<T>& cs, const std::vector<T>& dA, int64 B, int64 length, int64 H, int64 Q) {
+    for (int64 b = 0; b < B; ++b)
+        for (int64 t = 0; t < length; t += Q)
+            for (int64 h = 0; h < H; ++h) {
+                const int64 first = (b * length + t) * H + h;
+                chunk_cumsum(cs.data() + first, H, dA.data() + first, H, std::min(Q, length - t));
+            }
+}
+
 // The pieces of one chunk that forward and backward both need.
 template <class T>
 struct SsdChunk {
@@ -832,10 +852,9 @@ struct SsdChunk {
         const int64 t0 = chunk * n.Q;
         q = std::min(n.Q, n.T - t0);
         row0 = b * n.T + t0;
-        T running = 0;
-        for (int64 t = 0; t < q; ++t) cs[size_t(t)] = running += dA[(row0 + t) * n.H + h];  // chunk_cumsum
+        chunk_cumsum(cs.data(), 1, dA + row0 * n.H + h, n.H, q);
         for (int64 t = 0; t < q; ++t) {
-            to_end[size_t(t)] = exp_(running - cs[size_t(t)]);
+            to_end[size_t(t)] = exp_(cs[size_t(q - 1)] - cs[size_t(t)]);
             from_in[size_t(t)] = exp_(cs[size_t(t)]);
         }
         chunk_decay(decay.data(), cs.data(), q);
@@ -900,8 +919,8 @@ void ssd_chunked_forward(T* Y, T* S_T, T* chunk_states, const T* sc, const T* sb
 //   d(dA)_u = sum_{t>=u in the chunk} dcs_t + <S_out, dS>
 // where <S_out, dS> = exp(cs_last) <S_in, dS> + sum_s B_s . (the state's part of dB_s). Derivation: docs/ssd.md.
 template <class T>
-void ssd_chunked_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, const T* dY, const T* dS_T, const T* sc,
-                          const T* sb, const T* sx, const T* dt, const T* dA, const T* chunk_states,
+void ssd_chunked_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, T* dchunk_states, const T* dY, const T* dS_T,
+                          const T* sc, const T* sb, const T* sx, const T* dt, const T* dA, const T* chunk_states,
                           const SsdShape& n) {
     const int64 PN = n.P * n.N, NC = (n.T + n.Q - 1) / n.Q, HP = n.H * n.P;
 #pragma omp parallel if (n.B * n.T * n.H * PN > kParallelMin)
@@ -963,6 +982,7 @@ void ssd_chunked_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, const
                 for (int64 i = 0; i < PN; ++i) dS[size_t(i)] *= k.from_in_to_end();
                 matmul(dS.data(), n.N, k.tmp.data(), n.P, Layout::transposed, C, n.ld, Layout::plain, n.P, n.N, q,
                        true);
+                if (dchunk_states) std::copy_n(dS.data(), PN, dchunk_states + (bh * NC + chunk) * PN);
             }
             if (dS_0) std::copy_n(dS.data(), PN, dS_0 + bh * PN);
         }
@@ -1155,6 +1175,7 @@ double Model<T>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
 
     layers[0].x.resize(size_t(rows * D));
     embedding_forward(layers[0].x.data(), tokens.data(), w(Param::word_embed), rows, D);
+    see(-1, "embedding", layers[0].x.data(), {B, T_, D});
     for (int64 i = 0; i < c.L; ++i) {
         LayerActivations<T>& a = layers[size_t(i)];
         for (auto* v : {&a.u1, &a.y, &a.x_mid, &a.u2}) v->resize(size_t(rows * D));
@@ -1166,18 +1187,28 @@ double Model<T>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         x_out.resize(size_t(rows * D));
 
         rmsnorm_forward(a.u1.data(), a.rstd1.data(), a.x.data(), w(Param::norm1, i), c.norm_eps, rows, D);
+        see(i, "norm1", a.u1.data(), {B, T_, D});
         mixer_forward(i, state, pos0);
         linear_forward(ws.m.data(), a.y.data(), w(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows, D, D);
+        see(i, c.is_attention(i) ? "attn.out" : "ssd.out", ws.m.data(), {B, T_, D});
         residual_forward(a.x_mid.data(), a.x.data(), ws.m.data(), w(Param::res1, i), dropout(i, 0), rows, D);
+        see(i, "residual1", a.x_mid.data(), {B, T_, D});
         rmsnorm_forward(a.u2.data(), a.rstd2.data(), a.x_mid.data(), w(Param::norm2, i), c.norm_eps, rows, D);
+        see(i, "norm2", a.u2.data(), {B, T_, D});
         linear_forward(a.gate_up.data(), a.u2.data(), w(Param::gate_proj, i), rows, D, 2 * F);  // rows gate, then up
+        see(i, "ffn.gate", a.gate_up.data(), {B, T_, F}, 2 * F);
+        see(i, "ffn.up", a.gate_up.data() + F, {B, T_, F}, 2 * F);
         swiglu_forward(a.h.data(), a.gate_up.data(), rows, F);
+        see(i, "ffn.hidden", a.h.data(), {B, T_, F});
         linear_forward(ws.m.data(), a.h.data(), w(Param::down_proj, i), rows, F, D);
+        see(i, "ffn.out", ws.m.data(), {B, T_, D});
         residual_forward(x_out.data(), a.x_mid.data(), ws.m.data(), w(Param::res2, i), dropout(i, 1), rows, D);
+        see(i, "residual2", x_out.data(), {B, T_, D});
     }
     u_final.resize(size_t(rows * D));
     rstd_final.resize(size_t(rows));
     rmsnorm_forward(u_final.data(), rstd_final.data(), x_final.data(), w(Param::final_norm), c.norm_eps, rows, D);
+    see(-1, "final_norm", u_final.data(), {B, T_, D});
     if (state) state->position += T_;
 
     const T* head = w(c.tie ? Param::word_embed : Param::lm_head);
@@ -1186,14 +1217,17 @@ double Model<T>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         for (int64 b = 0; b < B; ++b) std::copy_n(u_final.data() + ((b + 1) * T_ - 1) * D, D, ws.last.data() + b * D);
         logits.resize(size_t(B * c.V));
         linear_forward(logits.data(), ws.last.data(), head, B, D, c.V);
+        see(-1, "logits", logits.data(), {B, 1, c.V});
         return 0;
     }
     logits.resize(size_t(rows * c.V));
     linear_forward(logits.data(), u_final.data(), head, rows, D, c.V);
+    see(-1, "logits", logits.data(), {B, T_, c.V});
     if (!targets_in) return 0;
     targets.assign(targets_in, targets_in + rows);
     losses.resize(size_t(rows));
     cross_entropy_forward(losses.data(), logits.data(), targets.data(), rows, c.V);
+    see(-1, "losses", losses.data(), {B, T_});
     double total = 0;
     for (const T l : losses) total += double(l);
     return total / double(rows);
@@ -1213,8 +1247,13 @@ void Model<T>::mixer_forward(int64 i, ModelState<T>* state, int64 pos0) {
     linear_forward(proj, a.u1.data(), w(attention ? Param::q_proj : Param::c_proj, i), rows, c.D, ld);
     if (attention) {
         T *q = proj, *k = proj + H * P, *v = k + c.Hkv * P;
+        see(i, "attn.q_before_rope", q, {B, T_, H, P}, ld);
+        see(i, "attn.k_before_rope", k, {B, T_, c.Hkv, P}, ld);
+        see(i, "attn.v", v, {B, T_, c.Hkv, P}, ld);
         rope(q, rope_qk, B, T_, H, ld, pos0, false);
         rope(k, rope_qk, B, T_, c.Hkv, ld, pos0, false);
+        see(i, "attn.q", q, {B, T_, H, P}, ld);
+        see(i, "attn.k", k, {B, T_, c.Hkv, P}, ld);
         a.lse.resize(size_t(rows * H));
         AttentionShape n{B, T_, T_, H, c.Hkv, P, ld, ld, T_ * ld};
         if (past) {  // append to the cache and attend to all of it
@@ -1231,24 +1270,73 @@ void Model<T>::mixer_forward(int64 i, ModelState<T>* state, int64 pos0) {
             v = past->v.data();
         }
         attention_forward(a.y.data(), a.lse.data(), q, k, v, n);
+        see(i, "attn.lse", a.lse.data(), {B, T_, H});
+        see(i, "attn.y", a.y.data(), {B, T_, H, P});
         return;
     }
     T *sc = proj, *sb = sc + H * N, *sx = sb + H * N, *dt_raw = sx + H * P;
+    see(i, "ssd.C_before_rope", sc, {B, T_, H, N}, ld);
+    see(i, "ssd.B_before_rope", sb, {B, T_, H, N}, ld);
+    see(i, "ssd.X", sx, {B, T_, H, P}, ld);
+    see(i, "ssd.dt_raw", dt_raw, {B, T_, H}, ld);
     rope(sc, rope_cb, B, T_, H, ld, pos0, false);
     rope(sb, rope_cb, B, T_, H, ld, pos0, false);
+    see(i, "ssd.C", sc, {B, T_, H, N}, ld);
+    see(i, "ssd.B", sb, {B, T_, H, N}, ld);
     a.dt.resize(size_t(rows * H));
     a.dA.resize(size_t(rows * H));
     ssd_dt_forward(a.dt.data(), a.dA.data(), dt_raw, w(Param::dt_bias, i), w(Param::A_log, i), c.ssd_decay, rows, H,
                    ld);
+    see(i, "ssd.dt", a.dt.data(), {B, T_, H});
+    see(i, "ssd.dA", a.dA.data(), {B, T_, H});
     const SsdShape n{B, T_, H, P, N, c.Q, ld};
     T* S = past ? past->S.data() : nullptr;
     if (past && T_ == 1) {  // decoding: one step of the recurrence
         ssd_recurrent_forward(a.y.data(), S, sc, sb, sx, a.dt.data(), a.dA.data(), S, n);
-        return;
+    } else if (past) {
+        ssd_chunked_forward<T>(a.y.data(), S, nullptr, sc, sb, sx, a.dt.data(), a.dA.data(), S, n);
+    } else {
+        a.chunk_states.resize(size_t(B * H * c.chunks(T_) * P * N));
+        a.final_state.resize(probe ? size_t(B * H * P * N) : 0);
+        ssd_chunked_forward<T>(a.y.data(), probe ? a.final_state.data() : nullptr, a.chunk_states.data(), sc, sb, sx,
+                               a.dt.data(), a.dA.data(), nullptr, n);
+        if (probe) see_chunks(i);
     }
-    if (!past) a.chunk_states.resize(size_t(B * H * c.chunks(T_) * P * N));
-    ssd_chunked_forward(a.y.data(), S, past ? nullptr : a.chunk_states.data(), sc, sb, sx, a.dt.data(), a.dA.data(), S,
-                        n);
+    see(i, "ssd.y", a.y.data(), {B, T_, H, P});
+}
+
+template <class T>
+void Model<T>::show(const char* kind, int64 layer, const char* name, T* data, const Shape& shape, int64 ld) {
+    const std::string where = layer < 0 ? "" : "layers." + std::to_string(layer) + ".";
+    int64 width = 1;
+    for (size_t i = 2; i < shape.size(); ++i) width *= shape[i];
+    probe->see(kind + where + name, data, shape, ld ? ld : width);
+}
+
+// The states after each chunk, from those before it: state_out of chunk c is state_in of chunk c+1, and the last one is
+// `last` (null: 0).
+template <class T>
+static std::vector<T> states_out(const std::vector<T>& in, const T* last, int64 heads, int64 NC, int64 PN) {
+    std::vector<T> out(in.size(), T(0));
+    for (int64 bh = 0; bh < heads; ++bh) {
+        std::copy_n(in.data() + (bh * NC + 1) * PN, (NC - 1) * PN, out.data() + bh * NC * PN);
+        if (last) std::copy_n(last + bh * PN, PN, out.data() + (bh * NC + NC - 1) * PN);
+    }
+    return out;
+}
+
+// What the chunked form makes on the way: for a probe.
+template <class T>
+void Model<T>::see_chunks(int64 i) {
+    LayerActivations<T>& a = layers[size_t(i)];
+    const int64 H = config.H, P = config.P(), N = config.N, NC = config.chunks(T_);
+    std::vector<T> cs(a.dA.size());
+    chunk_cumsums(cs, a.dA, B, T_, H, config.Q);
+    std::vector<T> out = states_out(a.chunk_states, a.final_state.data(), B * H, NC, P * N);
+    see(i, "ssd.cs", cs.data(), {B, T_, H});
+    see(i, "ssd.state_in", a.chunk_states.data(), {B, H, NC, P, N});
+    see(i, "ssd.state_out", out.data(), {B, H, NC, P, N});
+    see(i, "ssd.final_state", a.final_state.data(), {B, H, P, N});
 }
 
 // Adds scale * d(mean loss) to the gradients: the forward's lines from the last to the first.
@@ -1264,27 +1352,39 @@ void Model<T>::backward(double scale) {
     T *dx = ws.dx.data(), *dm = ws.dm.data(), *du = ws.du.data();
 
     cross_entropy_backward(logits.data(), losses.data(), targets.data(), scale / double(rows), rows, c.V);
+    see_gradient(-1, "logits", logits.data(), {B, T_, c.V});
     const Param head = c.tie ? Param::word_embed : Param::lm_head;
     linear_backward(du, g(head), logits.data(), u_final.data(), w(head), rows, D, c.V, false);
+    see_gradient(-1, "final_norm", du, {B, T_, D});
     std::fill(ws.dx.begin(), ws.dx.end(), T(0));
     rmsnorm_backward(dx, g(Param::final_norm), du, x_final.data(), w(Param::final_norm), rstd_final.data(), rows, D);
     for (int64 i = c.L - 1; i >= 0; --i) {
         LayerActivations<T>& a = layers[size_t(i)];
+        see_gradient(i, "residual2", dx, {B, T_, D});
         // x_out = res2 * x_mid + dropout(W_down swiglu(W_gate|up rmsnorm(x_mid)))
         residual_backward(dx, dm, g(Param::res2, i), dx, a.x_mid.data(), w(Param::res2, i), dropout(i, 1), rows, D);
+        see_gradient(i, "ffn.out", dm, {B, T_, D});
         linear_backward(ws.dh.data(), g(Param::down_proj, i), dm, a.h.data(), w(Param::down_proj, i), rows, F, D,
                         false);
+        see_gradient(i, "ffn.hidden", ws.dh.data(), {B, T_, F});
         swiglu_backward(ws.dgate_up.data(), ws.dh.data(), a.gate_up.data(), rows, F);
+        see_gradient(i, "ffn.gate", ws.dgate_up.data(), {B, T_, F}, 2 * F);
+        see_gradient(i, "ffn.up", ws.dgate_up.data() + F, {B, T_, F}, 2 * F);
         linear_backward(du, g(Param::gate_proj, i), ws.dgate_up.data(), a.u2.data(), w(Param::gate_proj, i), rows, D,
                         2 * F, false);
+        see_gradient(i, "norm2", du, {B, T_, D});
         rmsnorm_backward(dx, g(Param::norm2, i), du, a.x_mid.data(), w(Param::norm2, i), a.rstd2.data(), rows, D);
+        see_gradient(i, "residual1", dx, {B, T_, D});
         // x_mid = res1 * x + dropout(W_o mixer(rmsnorm(x)))
         residual_backward(dx, dm, g(Param::res1, i), dx, a.x.data(), w(Param::res1, i), dropout(i, 0), rows, D);
         const Param out = c.is_attention(i) ? Param::o_proj : Param::out_proj;
+        see_gradient(i, c.is_attention(i) ? "attn.out" : "ssd.out", dm, {B, T_, D});
         linear_backward(ws.dy.data(), g(out, i), dm, a.y.data(), w(out, i), rows, D, D, false);
         mixer_backward(i);
+        see_gradient(i, "norm1", du, {B, T_, D});
         rmsnorm_backward(dx, g(Param::norm1, i), du, a.x.data(), w(Param::norm1, i), a.rstd1.data(), rows, D);
     }
+    see_gradient(-1, "embedding", dx, {B, T_, D});
     embedding_backward(g(Param::word_embed), dx, tokens.data(), rows, D);
     targets.clear();  // logits now hold their gradient: a second backward would be wrong
 }
@@ -1302,20 +1402,45 @@ void Model<T>::mixer_backward(int64 i) {
     if (attention) {
         const int64 k = H * P, v = k + c.Hkv * P;
         const AttentionShape n{B, T_, T_, H, c.Hkv, P, ld, ld, T_ * ld};
+        see_gradient(i, "attn.y", ws.dy.data(), {B, T_, H, P});
         attention_backward(d, d + k, d + v, ws.dy.data(), proj, proj + k, proj + v, a.y.data(), a.lse.data(), n);
+        see_gradient(i, "attn.v", d + v, {B, T_, c.Hkv, P}, ld);
+        see_gradient(i, "attn.k", d + k, {B, T_, c.Hkv, P}, ld);
+        see_gradient(i, "attn.q", d, {B, T_, H, P}, ld);
         rope(d, rope_qk, B, T_, H, ld, 0, true);
         rope(d + k, rope_qk, B, T_, c.Hkv, ld, 0, true);
+        see_gradient(i, "attn.k_before_rope", d + k, {B, T_, c.Hkv, P}, ld);
+        see_gradient(i, "attn.q_before_rope", d, {B, T_, H, P}, ld);
     } else {
         const int64 b = H * N, x = 2 * H * N, dt = x + H * P;
         const SsdShape n{B, T_, H, P, N, c.Q, ld};
         ws.ddt.resize(size_t(rows * H));
         ws.ddA.resize(size_t(rows * H));
-        ssd_chunked_backward<T>(d, d + b, d + x, ws.ddt.data(), ws.ddA.data(), nullptr, ws.dy.data(), nullptr, proj,
-                                proj + b, proj + x, a.dt.data(), a.dA.data(), a.chunk_states.data(), n);
+        const T* cotangent = probe ? probe->final_state_cotangent(i) : nullptr;
+        std::vector<T> dstates(probe ? a.chunk_states.size() : 0);
+        see_gradient(i, "ssd.y", ws.dy.data(), {B, T_, H, P});
+        ssd_chunked_backward<T>(d, d + b, d + x, ws.ddt.data(), ws.ddA.data(), nullptr,
+                                probe ? dstates.data() : nullptr, ws.dy.data(), cotangent, proj, proj + b, proj + x,
+                                a.dt.data(), a.dA.data(), a.chunk_states.data(), n);
         ssd_dt_backward(d + dt, g(Param::dt_bias, i), g(Param::A_log, i), ws.ddt.data(), ws.ddA.data(), proj + dt,
                         w(Param::dt_bias, i), w(Param::A_log, i), a.dA.data(), c.ssd_decay, rows, H, ld);
+        if (probe) {
+            std::vector<T> dstates_out = states_out(dstates, cotangent, B * H, c.chunks(T_), P * N);
+            see_gradient(i, "ssd.state_out", dstates_out.data(), {B, H, c.chunks(T_), P, N});
+            see_gradient(i, "ssd.state_in", dstates.data(), {B, H, c.chunks(T_), P, N});
+            for (int64 r = 0; c.ssd_decay && r < rows * H; ++r)  // all of dt's gradient: also what comes through dA
+                ws.ddt[size_t(r)] -= std::exp(*(w(Param::A_log, i) + r % H)) * ws.ddA[size_t(r)];
+        }
+        see_gradient(i, "ssd.X", d + x, {B, T_, H, P}, ld);
+        see_gradient(i, "ssd.B", d + b, {B, T_, H, N}, ld);
+        see_gradient(i, "ssd.C", d, {B, T_, H, N}, ld);
+        see_gradient(i, "ssd.dA", ws.ddA.data(), {B, T_, H});
+        see_gradient(i, "ssd.dt", ws.ddt.data(), {B, T_, H});
+        see_gradient(i, "ssd.dt_raw", d + dt, {B, T_, H}, ld);
         rope(d, rope_cb, B, T_, H, ld, 0, true);
         rope(d + b, rope_cb, B, T_, H, ld, 0, true);
+        see_gradient(i, "ssd.B_before_rope", d + b, {B, T_, H, N}, ld);
+        see_gradient(i, "ssd.C_before_rope", d, {B, T_, H, N}, ld);
     }
     const Param first = attention ? Param::q_proj : Param::c_proj;
     linear_backward(ws.du.data(), g(first, i), d, a.u1.data(), w(first, i), rows, c.D, ld, false);
@@ -1724,8 +1849,8 @@ void check_ssd(std::vector<GradientError>* report, const char* form) {
             ssd_quadratic_backward(q, q + b, q + x, ddt.data(), ddA.data(), dS_0.data(), dY.data(), dS_T.data(), p,
                                    p + b, p + x, dt, dA, S_0, n);
         if (kind == 'c')
-            ssd_chunked_backward(q, q + b, q + x, ddt.data(), ddA.data(), dS_0.data(), dY.data(), dS_T.data(), p, p + b,
-                                 p + x, dt, dA, chunk_states.data(), n);
+            ssd_chunked_backward<double>(q, q + b, q + x, ddt.data(), ddA.data(), dS_0.data(), nullptr, dY.data(),
+                                         dS_T.data(), p, p + b, p + x, dt, dA, chunk_states.data(), n);
         return std::vector<Vec>{d, ddt, ddA, dS_0};
     });
 }
@@ -2015,7 +2140,7 @@ int gradcheck_command(int argc, char** argv) {
     template void ssd_chunked_forward<T>(T*, T*, T*, const T*, const T*, const T*, const T*, const T*, const T*, const SsdShape&); \
     template void ssd_recurrent_backward<T>(T*, T*, T*, T*, T*, T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const SsdShape&); \
     template void ssd_quadratic_backward<T>(T*, T*, T*, T*, T*, T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const SsdShape&); \
-    template void ssd_chunked_backward<T>(T*, T*, T*, T*, T*, T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const SsdShape&); \
+    template void ssd_chunked_backward<T>(T*, T*, T*, T*, T*, T*, T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const T*, const SsdShape&); \
     template void residual_forward<T>(T*, const T*, const T*, const T*, const Dropout&, int64, int64); \
     template void residual_backward<T>(T*, T*, T*, const T*, const T*, const T*, const Dropout&, int64, int64); \
     template void swiglu_forward<T>(T*, const T*, int64, int64); \
@@ -2305,6 +2430,23 @@ Config preset(const std::string& name) {
     }
     usage_error("unknown preset '%s'; did you mean '%s'? (%s)", name.c_str(),
                 nearest_word(name, preset_names()).c_str(), all.c_str());
+}
+
+void add_model_options(Options* o, Config* c) {
+    const int64 big = int64(1) << 40;
+    o->add("layers", &c->L, "layers", 1, 65535);
+    o->add("d-model", &c->D, "width", 1, big);
+    o->add("heads", &c->H, "heads", 1, big);
+    o->add("kv-heads", &c->Hkv, "key/value heads of an attention layer; as many as --heads if only that is given", 1,
+           big);
+    o->add("d-state", &c->N, "state size of an SSD head", 1, big);
+    o->add("d-ff", &c->F, "feed-forward width", 1, big);
+    o->add("attn-period", &c->attn_period, "one layer in so many is attention; 0: none, 1: all", 0, 65535);
+    o->add("attn-offset", &c->attn_offset, "which one: layer % period == offset", 0, 65535);
+    o->add("chunk", &c->Q, "chunk length of SSD", 1, big);
+    o->add("rope-theta", &c->rope_theta, "base of the rotary positions", 1e-6, 1e18);
+    o->add("tie", &c->tie, "the output head is the embedding");
+    o->add("ssd-decay", &c->ssd_decay, "false: states do not decay (the paper's equation 7)");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2991,7 +3133,1139 @@ const char* model_command_help() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 17  main
+// 17  The oracle: every number on the way, in double                                                     docs/oracle.md
+// ---------------------------------------------------------------------------------------------------------------------
+// A task holds what is given (weights, tokens, cotangents, an op's inputs). run_model or run_op computes from it, in float
+// or double, with a probe that notes every tensor and, for a run in bf16, rounds it. The same run in less precision is how
+// the tolerances are measured, and how `oracle --precision` makes a candidate of this program's own.
+
+#ifdef REF_CPU_MAIN
+namespace ref {
+namespace {
+
+struct NamedTensor {
+    std::string name;
+    DType dtype;  // of the file: F64, F32 or I64
+    Shape shape;
+    Vec values;  // integers too: a double holds them exactly
+};
+
+const NamedTensor* find(const std::vector<NamedTensor>& tensors, const std::string& name) {
+    for (const NamedTensor& t : tensors)
+        if (t.name == name) return &t;
+    return nullptr;
+}
+
+bool starts_with(const std::string& s, const std::string& prefix) { return s.compare(0, prefix.size(), prefix) == 0; }
+
+// Rounds to the nearest bf16 value, ties to even; NaN and infinity stay.
+float round_bf16(float x) {
+    if (!std::isfinite(x)) return x;
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+struct OracleTask {
+    std::string kind = "model";  // or an op
+    Config config;
+    int64 B = 2, T = 0;  // T 0: the config's
+    uint64_t seed = 1;
+    bool state_cotangent = true, intermediates = true, decode = true;
+    int64 adamw_steps = 10;
+    AdamW adamw;
+    double lr = 1e-3, clip = 1;
+    std::vector<NamedTensor> given;
+
+    const Vec& at(const std::string& name) const { return find(given, name)->values; }
+    std::vector<int32_t> ids(const std::string& name) const {
+        const Vec& v = at(name);
+        return std::vector<int32_t>(v.begin(), v.end());
+    }
+};
+
+// ---- what is given --------------------------------------------------------------------------------------------------
+
+// mean + scale * normal, on the bf16 grid, a function of (seed, name) alone
+NamedTensor draw(uint64_t seed, const std::string& name, const Shape& shape, double mean, double scale,
+                 DType dtype = DType::F64) {
+    NamedTensor t{name, dtype, shape, Vec(size_t(element_count(shape)))};
+    const Philox stream(seed, ("oracle " + name).c_str());
+    for (size_t i = 0; i < t.values.size(); ++i)
+        t.values[i] = double(round_bf16(float(mean + scale * stream.normal_at(uint64_t(i)))));
+    return t;
+}
+NamedTensor draw_ids(uint64_t seed, const std::string& name, const Shape& shape, int64 V) {
+    NamedTensor t{name, DType::I64, shape, Vec(size_t(element_count(shape)))};
+    const Philox stream(seed, ("oracle " + name).c_str());
+    for (size_t i = 0; i < t.values.size(); ++i) t.values[i] = double(stream.at(uint64_t(i)).word[0] % uint64_t(V));
+    return t;
+}
+
+// Weights that let no mistake hide: norm and residual weights away from 1, and projections of such a scale that
+// activations, attention scores and gates are of order 1. The embedding keeps its small scale, so that the epsilon of the
+// first norm can be seen. A_log and dt_bias are drawn as at the start of a training run.
+NamedTensor draw_weight(uint64_t seed, const ParamSpec& s) {
+    if (s.init == Init::ones) return draw(seed, s.name, s.shape, 1, 0.2, DType::F32);
+    if (s.param == Param::word_embed) return draw(seed, s.name, s.shape, 0, 0.02, DType::F32);
+    if (s.init == Init::normal) return draw(seed, s.name, s.shape, 0, 1 / std::sqrt(double(s.shape[1])), DType::F32);
+    NamedTensor t{s.name, DType::F32, s.shape, Vec(size_t(s.count))};
+    const Philox stream(seed, ("oracle " + s.name).c_str());
+    for (int64 i = 0; i < s.count; ++i)
+        t.values[size_t(i)] = double(round_bf16(initial_value(s.init, stream, uint64_t(i))));
+    return t;
+}
+
+const char* const op_names[] = {"ssd",       "attention", "rmsnorm",  "rope",         "linear",
+                                "embedding", "swiglu",    "residual", "cross_entropy"};
+
+// The given tensors of a task: names, shapes and drawn values.
+std::vector<NamedTensor> draw_given(const OracleTask& task) {
+    const Config& c = task.config;
+    const int64 B = task.B, T = task.T, D = c.D, H = c.H, P = c.P(), N = c.N, F = c.F, V = c.V;
+    const uint64_t seed = task.seed;
+    std::vector<NamedTensor> g;
+    const auto normal = [&](const char* name, const Shape& shape, double mean = 0, double scale = 1) {
+        g.push_back(draw(seed, name, shape, mean, scale));
+    };
+    const std::string& k = task.kind;
+    if (k == "model") {
+        const NamedTensor text = draw_ids(seed, "text", {B, T + 1}, V);  // targets are the next tokens
+        NamedTensor tokens{"tokens", DType::I64, {B, T}, {}}, targets{"targets", DType::I64, {B, T}, {}};
+        for (int64 b = 0; b < B; ++b)
+            for (int64 t = 0; t < T; ++t) {
+                tokens.values.push_back(text.values[size_t(b * (T + 1) + t)]);
+                targets.values.push_back(text.values[size_t(b * (T + 1) + t + 1)]);
+            }
+        g.push_back(tokens);
+        g.push_back(targets);
+        for (const ParamSpec& s : ParamTable(c).specs) g.push_back(draw_weight(seed, s));
+        // of the scale of the mean loss's own gradients
+        for (int64 i = 0; task.state_cotangent && i < c.L; ++i)
+            if (!c.is_attention(i))
+                normal(format("cotangent.layers.%lld.ssd.final_state", (long long)i).c_str(), {B, H, P, N}, 0,
+                       1.0 / double(B * T));
+    } else if (k == "ssd") {
+        normal("C", {B, T, H, N});
+        normal("B", {B, T, H, N});
+        normal("X", {B, T, H, P});
+        normal("dt_raw", {B, T, H});
+        normal("dt_bias", {H}, -3);  // dt about 0.05
+        normal("A_log", {H}, 1);
+        normal("initial_state", {B, H, P, N});
+        normal("cotangent.y", {B, T, H, P});
+        normal("cotangent.final_state", {B, H, P, N});
+    } else if (k == "attention") {
+        normal("q", {B, T, H, P});
+        normal("k", {B, T, c.Hkv, P});
+        normal("v", {B, T, c.Hkv, P});
+        normal("cotangent.y", {B, T, H, P});
+    } else if (k == "rmsnorm") {
+        normal("x", {B, T, D});
+        normal("weight", {D}, 1, 0.2);
+        normal("cotangent.y", {B, T, D});
+    } else if (k == "rope") {
+        normal("x", {B, T, H, P});
+        normal("cotangent.y", {B, T, H, P});
+    } else if (k == "linear") {
+        normal("x", {B, T, D});
+        normal("weight", {F, D}, 0, 1 / std::sqrt(double(D)));
+        normal("cotangent.y", {B, T, F});
+    } else if (k == "embedding") {
+        g.push_back(draw_ids(seed, "tokens", {B, T}, V));
+        normal("weight", {V, D});
+        normal("cotangent.y", {B, T, D});
+    } else if (k == "swiglu") {
+        normal("gate", {B, T, F}, 0, 2);
+        normal("up", {B, T, F});
+        normal("cotangent.hidden", {B, T, F});
+    } else if (k == "residual") {
+        normal("x", {B, T, D});
+        normal("m", {B, T, D});
+        normal("weight", {D}, 1, 0.2);
+        normal("cotangent.y", {B, T, D});
+    } else {
+        normal("logits", {B, T, V}, 0, 3);
+        g.push_back(draw_ids(seed, "targets", {B, T}, V));
+        normal("cotangent.losses", {B, T});
+    }
+    return g;
+}
+
+// ---- running it -----------------------------------------------------------------------------------------------------
+
+// How a run computes. jitter 0: as the machine does. Otherwise each tensor is multiplied by 1 + e, e uniform within one unit
+// of its last place (another order of sums, another place of rounding), before it is rounded.
+struct Arithmetic {
+    bool bf16 = false;
+    uint64_t jitter = 0;
+};
+
+// In a bf16 engine these stay fp32 (transxssm.cu; docs/model.md): their errors would add up along the sequence.
+bool stays_fp32(const std::string& name) {
+    const std::string last = name.substr(name.rfind('.') + 1);
+    for (const char* s : {"dt", "dA", "cs", "state_in", "state_out", "final_state", "lse", "losses", "rstd"})
+        if (last == s) return true;
+    return false;
+}
+
+// Notes tensors in their order, and rounds them as the arithmetic says.
+template <class T>
+class Recorder : public Probe<T> {
+  public:
+    std::vector<NamedTensor> tensors;
+    bool recording = true, everything = true;    // everything false: only logits and losses
+    std::map<int64, std::vector<T>> cotangents;  // by layer
+
+    explicit Recorder(const Arithmetic& a) : arithmetic(a) {}
+
+    void see(const std::string& name, T* data, const Shape& shape, int64 ld) override {
+        int64 rows = 1, width = 1;
+        for (size_t i = 0; i < shape.size(); ++i) (i < 2 ? rows : width) *= shape[i];
+        const bool bf16 = arithmetic.bf16 && !stays_fp32(name);
+        const Philox stream(arithmetic.jitter, name.c_str());
+        const T unit = T(bf16 ? 1.0 / 256 : 1.0 / 8388608) / T(2147483648.0);
+#pragma omp parallel for schedule(static) if (rows * width > kParallelMin)
+        for (int64 r = 0; r < rows; ++r) {
+            if (!arithmetic.jitter && !bf16) continue;
+            T* x = data + r * ld;
+            for (int64 j = 0; j < width; j += 4) {
+                const Philox::Block random = arithmetic.jitter ? stream.at(uint64_t(r * width + j)) : Philox::Block{};
+                for (int64 k = j; k < std::min(j + 4, width); ++k) {
+                    if (arithmetic.jitter) x[k] *= T(1) + unit * T(int32_t(random.word[k - j]));
+                    if (bf16) x[k] = T(round_bf16(float(x[k])));
+                }
+            }
+        }
+        if (!recording || !(everything || name == "logits" || name == "losses")) return;
+        NamedTensor t{name, DType::F64, shape, Vec()};
+        t.values.reserve(size_t(rows * width));
+        for (int64 r = 0; r < rows; ++r)
+            for (int64 j = 0; j < width; ++j) t.values.push_back(double(data[r * ld + j]));
+        tensors.push_back(std::move(t));
+    }
+    const T* final_state_cotangent(int64 layer) const override {
+        const auto found = cotangents.find(layer);
+        return found == cotangents.end() ? nullptr : found->second.data();
+    }
+    template <class U>
+    void note(const std::string& name, const std::vector<U>& v, const Shape& shape, DType dtype = DType::F64) {
+        tensors.push_back({name, dtype, shape, Vec(v.begin(), v.end())});
+    }
+
+  private:
+    const Arithmetic arithmetic;
+};
+
+template <class T>
+double norm_of(const T* v, int64 n) {
+    double s = 0;
+    for (int64 i = 0; i < n; ++i) s += double(v[i]) * double(v[i]);
+    return std::sqrt(s);
+}
+
+// The cached decoder: S tokens at once, then one by one.
+template <class T>
+void run_decode(const OracleTask& task, Model<T>& m, Recorder<T>& out, const std::vector<int32_t>& tokens) {
+    const Config& c = task.config;
+    const int64 B = task.B;
+    for (const int64 split : std::set<int64>{1, c.Q - 1, c.Q, c.Q + 1}) {
+        if (split < 1 || split >= task.T) continue;
+        const int64 end = std::min(split + 4, task.T);
+        ModelState<T> state(c, B, end);
+        while (state.position < end) {
+            const int64 from = state.position, n = from == 0 ? split : 1;
+            std::vector<int32_t> next;
+            for (int64 b = 0; b < B; ++b)
+                next.insert(next.end(), tokens.begin() + b * task.T + from, tokens.begin() + b * task.T + from + n);
+            m.forward(next.data(), nullptr, B, n, nullptr, &state, false);
+            const std::string at = format("decode.split_%lld.after_%lld.", (long long)split, (long long)(from + n));
+            out.note(at + "position", std::vector<int64>{state.position}, {}, DType::I64);
+            for (int64 i = 0; i < c.L; ++i) {
+                const auto& layer = state.layers[size_t(i)];
+                const std::string name = at + format("layers.%lld.", (long long)i);
+                if (!c.is_attention(i)) {
+                    out.note(name + "ssm_state", layer.S, {B, c.H, c.P(), c.N});
+                    continue;
+                }
+                const int64 row = c.Hkv * c.P();
+                for (const auto* cache : {&layer.k, &layer.v}) {
+                    std::vector<T> used;
+                    for (int64 b = 0; b < B; ++b)
+                        used.insert(used.end(), cache->begin() + b * end * row,
+                                    cache->begin() + (b * end + state.position) * row);
+                    out.note(name + (cache == &layer.k ? "k" : "v"), used, {B, state.position, c.Hkv, c.P()});
+                }
+            }
+            out.note(at + "logits", m.logits, {B, c.V});
+        }
+    }
+}
+
+template <class T>
+void run_adamw(const OracleTask& task, Model<T>& m, Recorder<T>& out, const std::vector<int32_t>& tokens,
+               const std::vector<int32_t>& targets, const Arithmetic& arithmetic) {
+    const int64 steps = task.adamw_steps;
+    std::vector<T> master = m.weights, exp_avg(master.size()), exp_avg_sq(master.size());
+    Vec losses, norms;
+    std::vector<Vec> param_norms(m.table.specs.size());
+    for (int64 step = 1; step <= steps; ++step) {
+        for (size_t i = 0; i < master.size(); ++i)
+            m.weights[i] = arithmetic.bf16 ? T(round_bf16(float(master[i]))) : master[i];
+        std::fill(m.gradients.begin(), m.gradients.end(), T(0));
+        losses.push_back(m.forward(tokens.data(), targets.data(), task.B, task.T, nullptr, nullptr));
+        m.backward(1);
+        norms.push_back(norm_of(m.gradients.data(), m.table.count));
+        const double scale = task.clip > 0 && norms.back() > task.clip ? task.clip / norms.back() : 1;
+        for (size_t k = 0; k < param_norms.size(); ++k) {
+            const ParamSpec& s = m.table.specs[k];
+            adamw_update(&master[size_t(s.offset)], &exp_avg[size_t(s.offset)], &exp_avg_sq[size_t(s.offset)],
+                         &m.gradients[size_t(s.offset)], task.adamw, s.decay, task.lr, step, scale, s.count);
+            param_norms[k].push_back(norm_of(&master[size_t(s.offset)], s.count));
+        }
+    }
+    out.note("adamw.loss", losses, {steps});
+    out.note("adamw.grad_norm", norms, {steps});
+    for (size_t k = 0; k < param_norms.size(); ++k)
+        out.note("adamw.param_norm." + m.table.specs[k].name, param_norms[k], {steps});
+}
+
+// Twelve choices among random logits, with ties. The logits are given, but computed here from the seed alone.
+void run_sampler(const OracleTask& task, std::vector<NamedTensor>* out) {
+    const double settings[][4] = {{0, 0, 1, 0},   {1, 0, 1, 0},     {0.7, 0, 1, 0},     {1.5, 0, 1, 0},
+                                  {1, 1, 1, 0},   {1, 5, 1, 0},     {1, 0, 0.5, 0},     {1, 0, 0.95, 0},
+                                  {1, 0, 1, 0.2}, {0.8, 8, 0.9, 0}, {0.8, 8, 0.9, 0.1}, {2, 3, 0.999, 0.01}};
+    const int64 n = 12, V = task.config.V;
+    NamedTensor logits = draw(task.seed, "sampler.logits", {n, V}, 0, 2, DType::F32);
+    NamedTensor uniform{"sampler.uniform", DType::F64, {n}, {}}, chosen{"sampler.token", DType::I64, {n}, {}};
+    NamedTensor given{"sampler.settings", DType::F64, {n, 4}, {}};
+    for (int64 i = 0; i < n; ++i) {
+        Sampler s;
+        s.temperature = settings[i][0];
+        s.top_k = int64(settings[i][1]);
+        s.top_p = settings[i][2];
+        s.min_p = settings[i][3];
+        s.seed = task.seed;
+        const std::vector<float> row(logits.values.begin() + i * V, logits.values.begin() + (i + 1) * V);
+        given.values.insert(given.values.end(), settings[i], settings[i] + 4);
+        uniform.values.push_back(Philox(s.seed, "sample").uniform_at(uint64_t(i)));
+        chosen.values.push_back(s.choose(row.data(), V, uint64_t(i)));
+    }
+    for (NamedTensor* t : {&logits, &uniform, &given, &chosen}) out->push_back(std::move(*t));
+}
+
+template <class T>
+std::vector<NamedTensor> run_model(const OracleTask& task, const Arithmetic& arithmetic) {
+    const Config& c = task.config;
+    Recorder<T> out(arithmetic);
+    out.everything = task.intermediates;
+    Model<T> m(c);
+    m.probe = &out;
+    for (const ParamSpec& s : m.table.specs) {
+        const Vec& w = task.at(s.name);
+        for (int64 i = 0; i < s.count; ++i) {
+            const float x = float(w[size_t(i)]);
+            m.weights[size_t(s.offset + i)] = T(arithmetic.bf16 ? round_bf16(x) : x);
+        }
+    }
+    for (int64 i = 0; i < c.L; ++i)
+        if (const NamedTensor* g = find(task.given, format("cotangent.layers.%lld.ssd.final_state", (long long)i)))
+            out.cotangents[i].assign(g->values.begin(), g->values.end());
+    const std::vector<int32_t> tokens = task.ids("tokens"), targets = task.ids("targets");
+
+    const double loss = m.forward(tokens.data(), targets.data(), task.B, task.T, nullptr, nullptr);
+    double objective = loss;
+    for (const auto& g : out.cotangents)
+        for (size_t k = 0; k < g.second.size(); ++k)
+            objective += double(g.second[k]) * double(m.layers[size_t(g.first)].final_state[k]);
+    out.note("loss", Vec{loss}, {});
+    out.note("objective", Vec{objective}, {});
+    m.backward(1);
+    for (size_t k = m.table.specs.size(); k-- > 0;) {
+        const ParamSpec& s = m.table.specs[k];
+        const auto from = m.gradients.begin() + s.offset;
+        out.note("grad." + s.name, std::vector<T>(from, from + s.count), s.shape);
+    }
+    out.recording = false;
+    out.cotangents.clear();
+    if (task.decode) run_decode(task, m, out, tokens);
+    if (task.adamw_steps > 0) run_adamw(task, m, out, tokens, targets, arithmetic);
+    run_sampler(task, &out.tensors);
+    return std::move(out.tensors);
+}
+
+// One op: inputs -> outputs -> gradients, each shown to the recorder.
+template <class T>
+std::vector<NamedTensor> run_op(const OracleTask& task, const Arithmetic& arithmetic) {
+    const Config& c = task.config;
+    const int64 B = task.B, T_ = task.T, rows = B * T_, D = c.D, H = c.H, P = c.P(), N = c.N, F = c.F, V = c.V;
+    Recorder<T> out(arithmetic);
+    const auto in = [&](const char* name) {
+        const Vec& v = task.at(name);
+        return std::vector<T>(v.begin(), v.end());
+    };
+    const auto see = [&](const char* name, std::vector<T>& v, const Shape& shape, int64 ld = 0) {
+        int64 width = 1;
+        for (size_t i = 2; i < shape.size(); ++i) width *= shape[i];
+        out.see(name, v.data(), shape, ld ? ld : width);
+    };
+    const auto zeros = [](int64 n) { return std::vector<T>(size_t(n), T(0)); };
+    const std::string& k = task.kind;
+    if (k == "ssd") {
+        const SsdShape n{B, T_, H, P, N, c.Q, H * std::max(N, P)};  // C, B, X apart, in rows of one length
+        const int64 NC = c.chunks(T_);
+        const auto spread = [&](const std::vector<T>& v, int64 width) {
+            std::vector<T> s = zeros(rows * n.ld);
+            for (int64 r = 0; r < rows; ++r) std::copy_n(v.data() + r * width, width, s.data() + r * n.ld);
+            return s;
+        };
+        std::vector<T> sc = spread(in("C"), H * N), sb = spread(in("B"), H * N), sx = spread(in("X"), H * P);
+        std::vector<T> dt_raw = in("dt_raw"), dt_bias = in("dt_bias"), A_log = in("A_log"), S_0 = in("initial_state");
+        std::vector<T> dt = zeros(rows * H), dA = dt, cs = dt, states = zeros(B * H * NC * P * N), S_T = S_0;
+        std::vector<T> y = zeros(rows * H * P), dy = in("cotangent.y"), dS_T = in("cotangent.final_state");
+        ssd_dt_forward(dt.data(), dA.data(), dt_raw.data(), dt_bias.data(), A_log.data(), c.ssd_decay, rows, H, H);
+        see("dt", dt, {B, T_, H});
+        see("dA", dA, {B, T_, H});
+        chunk_cumsums(cs, dA, B, T_, H, c.Q);
+        see("cs", cs, {B, T_, H});
+        ssd_chunked_forward(y.data(), S_T.data(), states.data(), sc.data(), sb.data(), sx.data(), dt.data(), dA.data(),
+                            S_0.data(), n);
+        see("state_in", states, {B, H, NC, P, N});
+        std::vector<T> after = states_out(states, S_T.data(), B * H, NC, P * N);
+        see("state_out", after, {B, H, NC, P, N});
+        see("final_state", S_T, {B, H, P, N});
+        see("y", y, {B, T_, H, P});
+        std::vector<T> dsc = zeros(rows * n.ld), dsb = dsc, dsx = dsc, ddt = zeros(rows * H), ddA = ddt, draw_ = ddt;
+        std::vector<T> dS_0 = zeros(B * H * P * N), dbias = zeros(H), dlog = zeros(H);
+        ssd_chunked_backward<T>(dsc.data(), dsb.data(), dsx.data(), ddt.data(), ddA.data(), dS_0.data(), nullptr,
+                                dy.data(), dS_T.data(), sc.data(), sb.data(), sx.data(), dt.data(), dA.data(),
+                                states.data(), n);
+        ssd_dt_backward(draw_.data(), dbias.data(), dlog.data(), ddt.data(), ddA.data(), dt_raw.data(), dt_bias.data(),
+                        A_log.data(), dA.data(), c.ssd_decay, rows, H, H);
+        for (int64 i = 0; c.ssd_decay && i < rows * H; ++i)
+            ddt[size_t(i)] -= std::exp(A_log[size_t(i % H)]) * ddA[size_t(i)];
+        see("grad.C", dsc, {B, T_, H, N}, n.ld);
+        see("grad.B", dsb, {B, T_, H, N}, n.ld);
+        see("grad.X", dsx, {B, T_, H, P}, n.ld);
+        see("grad.dA", ddA, {B, T_, H});
+        see("grad.dt", ddt, {B, T_, H});
+        see("grad.dt_raw", draw_, {B, T_, H});
+        out.note("grad.dt_bias", dbias, {H});
+        out.note("grad.A_log", dlog, {H});
+        out.note("grad.initial_state", dS_0, {B, H, P, N});
+    } else if (k == "attention") {
+        const AttentionShape n{B, T_, T_, H, c.Hkv, P, H * P, c.Hkv * P, T_ * c.Hkv * P};
+        std::vector<T> q = in("q"), key = in("k"), v = in("v"), y = zeros(rows * H * P), lse = zeros(rows * H);
+        std::vector<T> dy = in("cotangent.y"), dq = q, dk = key, dv = v;
+        attention_forward(y.data(), lse.data(), q.data(), key.data(), v.data(), n);
+        see("lse", lse, {B, T_, H});
+        see("y", y, {B, T_, H, P});
+        attention_backward(dq.data(), dk.data(), dv.data(), dy.data(), q.data(), key.data(), v.data(), y.data(),
+                           lse.data(), n);
+        see("grad.q", dq, {B, T_, H, P});
+        see("grad.k", dk, {B, T_, c.Hkv, P});
+        see("grad.v", dv, {B, T_, c.Hkv, P});
+    } else if (k == "rmsnorm") {
+        std::vector<T> x = in("x"), w = in("weight"), dy = in("cotangent.y"), y = zeros(rows * D), rstd = zeros(rows);
+        std::vector<T> dx = zeros(rows * D), dw = zeros(D);
+        rmsnorm_forward(y.data(), rstd.data(), x.data(), w.data(), c.norm_eps, rows, D);
+        see("rstd", rstd, {B, T_});
+        see("y", y, {B, T_, D});
+        rmsnorm_backward(dx.data(), dw.data(), dy.data(), x.data(), w.data(), rstd.data(), rows, D);
+        see("grad.x", dx, {B, T_, D});
+        out.note("grad.weight", dw, {D});
+    } else if (k == "rope") {
+        std::vector<T> y = in("x"), dx = in("cotangent.y");
+        RopeTable<T> table;
+        table.extend(P, c.rope_theta, T_);
+        rope(y.data(), table, B, T_, H, H * P, 0, false);
+        see("y", y, {B, T_, H, P});
+        rope(dx.data(), table, B, T_, H, H * P, 0, true);
+        see("grad.x", dx, {B, T_, H, P});
+    } else if (k == "linear") {
+        std::vector<T> x = in("x"), w = in("weight"), dy = in("cotangent.y"), y = zeros(rows * F), dx = x;
+        std::vector<T> dw = zeros(F * D);
+        linear_forward(y.data(), x.data(), w.data(), rows, D, F);
+        see("y", y, {B, T_, F});
+        linear_backward(dx.data(), dw.data(), dy.data(), x.data(), w.data(), rows, D, F, false);
+        see("grad.x", dx, {B, T_, D});
+        out.note("grad.weight", dw, {F, D});
+    } else if (k == "embedding") {
+        const std::vector<int32_t> tokens = task.ids("tokens");
+        std::vector<T> w = in("weight"), dy = in("cotangent.y"), y = zeros(rows * D), dw = zeros(V * D);
+        embedding_forward(y.data(), tokens.data(), w.data(), rows, D);
+        see("y", y, {B, T_, D});
+        embedding_backward(dw.data(), dy.data(), tokens.data(), rows, D);
+        out.note("grad.weight", dw, {V, D});
+    } else if (k == "swiglu") {
+        const std::vector<T> gate = in("gate"), up = in("up");
+        std::vector<T> both = zeros(rows * 2 * F), dboth = both, h = zeros(rows * F), dh = in("cotangent.hidden");
+        for (int64 r = 0; r < rows; ++r) {
+            std::copy_n(gate.data() + r * F, F, both.data() + r * 2 * F);
+            std::copy_n(up.data() + r * F, F, both.data() + r * 2 * F + F);
+        }
+        swiglu_forward(h.data(), both.data(), rows, F);
+        see("hidden", h, {B, T_, F});
+        swiglu_backward(dboth.data(), dh.data(), both.data(), rows, F);
+        see("grad.gate", dboth, {B, T_, F}, 2 * F);
+        out.see("grad.up", dboth.data() + F, {B, T_, F}, 2 * F);
+    } else if (k == "residual") {
+        std::vector<T> x = in("x"), m = in("m"), w = in("weight"), dy = in("cotangent.y"), y = x, dx = x, dm = x;
+        std::vector<T> dw = zeros(D);
+        residual_forward(y.data(), x.data(), m.data(), w.data(), Dropout{}, rows, D);
+        see("y", y, {B, T_, D});
+        residual_backward(dx.data(), dm.data(), dw.data(), dy.data(), x.data(), w.data(), Dropout{}, rows, D);
+        see("grad.x", dx, {B, T_, D});
+        see("grad.m", dm, {B, T_, D});
+        out.note("grad.weight", dw, {D});
+    } else {
+        const std::vector<int32_t> targets = task.ids("targets");
+        std::vector<T> logits = in("logits"), dloss = in("cotangent.losses"), losses = zeros(rows);
+        cross_entropy_forward(losses.data(), logits.data(), targets.data(), rows, V);
+        see("losses", losses, {B, T_});
+        for (int64 r = 0; r < rows; ++r)  // a scale of its own for each row
+            cross_entropy_backward(&logits[size_t(r * V)], &losses[size_t(r)], &targets[size_t(r)],
+                                   double(dloss[size_t(r)]), 1, V);
+        see("grad.logits", logits, {B, T_, V});
+    }
+    return std::move(out.tensors);
+}
+
+std::vector<NamedTensor> run(const OracleTask& task, const std::string& precision, uint64_t jitter = 0) {
+    const Arithmetic a{precision == "bf16", jitter};
+    if (task.kind == "model") return precision == "fp64" ? run_model<double>(task, a) : run_model<float>(task, a);
+    return precision == "fp64" ? run_op<double>(task, a) : run_op<float>(task, a);
+}
+
+// ---- errors and tolerances ------------------------------------------------------------------------------------------
+
+struct TensorError {
+    double relative = 0,
+           max_abs = 0;  // root mean square of the difference over that of the reference; NaN if either has one
+    int64 worst = 0;     // element of max_abs
+    bool finite = true;  // the candidate's numbers, as the reference's always are
+};
+TensorError error_between(const Vec& candidate, const Vec& reference) {
+    TensorError e;
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < reference.size(); ++i) {
+        const double d = std::fabs(candidate[i] - reference[i]);
+        if (!std::isfinite(candidate[i])) {
+            if (e.finite) e.worst = int64(i);
+            e.finite = false;
+        } else if (e.finite && d > e.max_abs) {
+            e.max_abs = d;
+            e.worst = int64(i);
+        }
+        difference += d * d;
+        size += reference[i] * reference[i];
+    }
+    e.relative = difference == 0 ? 0 : std::sqrt(difference) / std::sqrt(size);
+    if (!e.finite) e.relative = e.max_abs = NAN;
+    return e;
+}
+
+// The measured rounding noise of this program in less precision, the greatest of so many runs.
+constexpr int kNoiseRuns = 4;
+struct Noise {
+    double relative[2] = {0, 0}, max_abs[2] = {0, 0};  // fp32, bf16
+};
+std::map<std::string, Noise> measure_noise(const OracleTask& task, const std::vector<NamedTensor>& exact) {
+    std::map<std::string, Noise> noise;
+    for (int which = 0; which < 2; ++which)
+        for (int r = 0; r < kNoiseRuns; ++r) {
+            const std::vector<NamedTensor> rounded = run(task, which ? "bf16" : "fp32", uint64_t(r));
+            for (size_t i = 0; i < exact.size(); ++i) {
+                if (exact[i].dtype != DType::F64 || starts_with(exact[i].name, "sampler.")) continue;
+                const TensorError e = error_between(rounded[i].values, exact[i].values);
+                if (!e.finite) fail("%s is not finite in %s", exact[i].name.c_str(), which ? "bf16" : "fp32");
+                Noise& n = noise[exact[i].name];
+                n.relative[which] = std::max(n.relative[which], e.relative);
+                n.max_abs[which] = std::max(n.max_abs[which], e.max_abs);
+            }
+        }
+    return noise;
+}
+
+// ---- the file -------------------------------------------------------------------------------------------------------
+
+const char* const oracle_schema = "transxssm-oracle-1";
+
+Json op_dimensions(const OracleTask& t) {
+    const Config& c = t.config;
+    Json j = Json::object();
+    j.keys = {{"B", t.B},
+              {"T", t.T},
+              {"D", c.D},
+              {"H", c.H},
+              {"Hkv", c.Hkv},
+              {"P", c.P()},
+              {"N", c.N},
+              {"Q", c.Q},
+              {"F", c.F},
+              {"V", c.V},
+              {"rope_theta", c.rope_theta},
+              {"norm_eps", c.norm_eps},
+              {"ssd_decay", c.ssd_decay}};
+    return j;
+}
+
+// The bytes of a tensor in its file.
+std::string file_bytes(const NamedTensor& t) {
+    std::string out;
+    const auto put = [&](auto v) { out.append(reinterpret_cast<const char*>(&v), sizeof v); };
+    out.reserve(t.values.size() * size_t(dtype_size(t.dtype)));
+    for (const double v : t.values) {
+        if (t.dtype == DType::F64) put(v);
+        else if (t.dtype == DType::F32) put(float(v));
+        else put(int64(v));
+    }
+    return out;
+}
+
+std::string given_sha256(const std::vector<NamedTensor>& given) {
+    Sha256 sha;
+    for (const NamedTensor& t : given) {
+        const std::string bytes = file_bytes(t);
+        sha.add(bytes.data(), bytes.size());
+    }
+    return sha.hex();
+}
+
+void write_oracle(const std::string& path, const OracleTask& task, const std::string& precision,
+                  const std::vector<NamedTensor>& computed, const std::map<std::string, Noise>& noise) {
+    Json adamw = Json::object(), noise_json = Json::object();
+    adamw.keys = {{"steps", task.adamw_steps}, {"lr", task.lr},         {"beta1", task.adamw.beta1},
+                  {"beta2", task.adamw.beta2}, {"eps", task.adamw.eps}, {"weight_decay", task.adamw.weight_decay},
+                  {"clip", task.clip}};
+    for (const auto& n : noise) {
+        Json four = Json::array();
+        for (int which = 0; which < 2; ++which)
+            for (const double v : {n.second.relative[which], n.second.max_abs[which]})
+                four.items.emplace_back(std::stod(format("%.3g", v)));
+        noise_json.keys.emplace_back(n.first, four);
+    }
+    const bool model = task.kind == "model";
+    std::string objective = "sum over the outputs with a cotangent of <cotangent, output>";
+    if (model && task.state_cotangent) objective = "loss + sum over SSD layers of <cotangent, final_state>";
+    else if (model) objective = "loss";
+    std::vector<std::pair<std::string, std::string>> metadata = {
+        {"schema", oracle_schema},
+        {"kind", task.kind},
+        {"config", (model ? task.config.to_json() : op_dimensions(task)).dump(0)},
+        {"seed", std::to_string(task.seed)},
+        {"rope_pairing", "half-split"},
+        {"chunk_length", std::to_string(task.config.Q)},
+        {"precision", precision},
+        {"objective", objective},
+        {"inputs_sha256", given_sha256(task.given)}};
+    if (model) metadata.emplace_back("adamw", adamw.dump(0));
+    if (precision == "fp64") metadata.emplace_back("noise", noise_json.dump(0));
+    std::vector<TensorView> views;
+    std::vector<std::string> bytes;  // of what is not F64
+    for (const auto* list : {&task.given, &computed})
+        for (const NamedTensor& t : *list) {
+            if (t.dtype != DType::F64) bytes.push_back(file_bytes(t));
+            views.push_back({t.name, t.dtype, t.shape, t.values.data()});
+        }
+    size_t next = 0;
+    for (TensorView& v : views)
+        if (v.dtype != DType::F64) v.data = bytes[next++].data();
+    write_safetensors(path, views, metadata);
+}
+
+const std::string& metadata_of(const SafeTensors& file, const char* key) {
+    const auto found = file.metadata.find(key);
+    if (found == file.metadata.end())
+        fail("%s: header: __metadata__.%s is missing: not an oracle file", file.path.c_str(), key);
+    return found->second;
+}
+
+// The task that a file of ours was made from, without its given tensors.
+OracleTask task_of(const SafeTensors& file) {
+    const std::string at = file.path + ": __metadata__.";
+    if (metadata_of(file, "schema") != oracle_schema)
+        fail("%sschema is '%s', expected '%s'", at.c_str(), metadata_of(file, "schema").c_str(), oracle_schema);
+    OracleTask task;
+    task.kind = metadata_of(file, "kind");
+    const Json config = Json::parse(metadata_of(file, "config"), at + "config");
+    if (!parse_uint(metadata_of(file, "seed"), &task.seed))
+        fail("%sseed is '%s', expected a non-negative integer", at.c_str(), metadata_of(file, "seed").c_str());
+    if (task.kind != "model") {
+        bool known = false;
+        for (const char* op : op_names) known = known || task.kind == op;
+        if (!known) fail("%skind is '%s', which is no op", at.c_str(), task.kind.c_str());
+        Config& c = task.config;
+        int64 P = 0;
+        const std::pair<const char*, int64*> sizes[] = {{"B", &task.B},  {"T", &task.T}, {"D", &c.D}, {"H", &c.H},
+                                                        {"Hkv", &c.Hkv}, {"P", &P},      {"N", &c.N}, {"Q", &c.Q},
+                                                        {"F", &c.F},     {"V", &c.V}};
+        for (const auto& s : sizes) {
+            const Json* j = config.find(s.first);
+            if (!j || !j->integer(s.second) || *s.second < 1 || *s.second > INT32_MAX)
+                fail("%sconfig: %s is missing or not a size", at.c_str(), s.first);
+        }
+        const std::pair<const char*, double*> numbers[] = {{"rope_theta", &c.rope_theta}, {"norm_eps", &c.norm_eps}};
+        for (const auto& n : numbers) {
+            const Json* j = config.find(n.first);
+            if (!j || j->type != Json::Number) fail("%sconfig: %s is missing or not a number", at.c_str(), n.first);
+            *n.second = j->number;
+        }
+        const Json* decay = config.find("ssd_decay");
+        if (!decay || decay->type != Json::Bool)
+            fail("%sconfig: ssd_decay is missing or not a truth value", at.c_str());
+        c.ssd_decay = decay->boolean;
+        c.validate(at + "config");
+        return task;
+    }
+    task.config = Config::from_json(config, at + "config");
+    const SafeTensors::Entry* tokens = file.find("tokens");
+    if (!tokens || tokens->shape.size() != 2) fail("%s: tensor 'tokens' (B,T) is missing", file.path.c_str());
+    task.B = tokens->shape[0];
+    task.T = tokens->shape[1];
+    task.state_cotangent = task.intermediates = task.decode = false;
+    for (const SafeTensors::Entry& e : file.entries) {
+        task.state_cotangent = task.state_cotangent || starts_with(e.name, "cotangent.");
+        task.intermediates = task.intermediates || e.name == "embedding";
+        task.decode = task.decode || starts_with(e.name, "decode.");
+    }
+    const Json adamw = Json::parse(metadata_of(file, "adamw"), at + "adamw");
+    const Json* steps = adamw.find("steps");
+    if (!steps || !steps->integer(&task.adamw_steps) || task.adamw_steps < 0 || task.adamw_steps > 100000)
+        fail("%sadamw: steps is missing or not a count", at.c_str());
+    const std::pair<const char*, double*> numbers[] = {{"lr", &task.lr},
+                                                       {"beta1", &task.adamw.beta1},
+                                                       {"beta2", &task.adamw.beta2},
+                                                       {"eps", &task.adamw.eps},
+                                                       {"weight_decay", &task.adamw.weight_decay},
+                                                       {"clip", &task.clip}};
+    for (const auto& n : numbers) {
+        const Json* j = adamw.find(n.first);
+        if (!j || j->type != Json::Number) fail("%sadamw: %s is missing or not a number", at.c_str(), n.first);
+        *n.second = j->number;
+    }
+    return task;
+}
+
+void read_values(const SafeTensors& file, const SafeTensors::Entry& e, Vec* values, bool must_be_finite) {
+    values->resize(size_t(element_count(e.shape)));
+    if (e.dtype == DType::I64 || e.dtype == DType::I32) file.read_integers(e, values->data());
+    else file.read(e, values->data(), must_be_finite);
+}
+
+// Puts the file's tensors in the place of drawn ones of the same names.
+void take_given(const SafeTensors& file, OracleTask* task) {
+    for (NamedTensor& t : task->given) {
+        const SafeTensors::Entry* e = file.find(t.name);
+        if (!e) continue;
+        if (e->shape != t.shape)
+            fail("%s: tensor '%s' has shape %s, expected %s", file.path.c_str(), t.name.c_str(),
+                 to_text(e->shape).c_str(), to_text(t.shape).c_str());
+        const bool integer = e->dtype == DType::I64 || e->dtype == DType::I32;
+        if (integer != (t.dtype == DType::I64))
+            fail("%s: tensor '%s' is %s, expected %s", file.path.c_str(), t.name.c_str(), dtype_name(e->dtype),
+                 t.dtype == DType::I64 ? "I64" : "floating-point numbers");
+        read_values(file, *e, &t.values, true);
+    }
+}
+
+// Ids from a text file: one sequence a line, of T+1 ids each; targets are the next tokens.
+void read_ids(const std::string& path, Vec* text, int64* B, int64* T) {
+    const std::string s = read_input(path);
+    *B = *T = 0;
+    for (size_t at = 0; at < s.size();) {
+        const size_t end = std::min(s.find('\n', at), s.size());
+        int64 count = 0;
+        for (size_t i = at; i < end;) {
+            const size_t from = std::min(s.find_first_not_of(" \t\r", i), end),
+                         to = std::min(s.find_first_of(" \t\r", from), end);
+            int64 id = 0;
+            if (from < to && (!parse_int(s.substr(from, to - from), &id) || id < 0 || id > INT32_MAX))
+                fail("%s: sequence %lld: '%s' is not a token id", path.c_str(), (long long)*B,
+                     s.substr(from, std::min<size_t>(to - from, 40)).c_str());
+            if (from < to) text->push_back(double(id));
+            count += from < to;
+            i = to;
+        }
+        at = end + 1;
+        if (count == 0) continue;
+        if (*B > 0 && count != *T + 1)
+            fail("%s: sequence %lld has %lld ids, the first has %lld: all must be equally long", path.c_str(),
+                 (long long)*B, (long long)count, (long long)(*T + 1));
+        *T = count - 1;
+        ++*B;
+    }
+    if (*B == 0 || *T < 1) fail("%s: expected lines of at least 2 token ids", path.c_str());
+}
+
+int oracle_command(int argc, char** argv) {
+    OracleTask task;
+    std::string preset_name = "tiny", op, weights, tokens_file, inputs, precision = "fp64", out;
+    int64 P = 0;
+    const auto add_all = [&](Options* o) {
+        o->section("What");
+        o->add("op", &op,
+               "one op alone: ssd, attention, rmsnorm, rope, linear, embedding, swiglu, residual or cross_entropy");
+        o->add("preset", &preset_name, "the model; the options below change it");
+        add_model_options(o, &task.config);
+        o->add("vocab", &task.config.V, "vocabulary", 1, INT32_MAX);
+        o->add("head-dim", &P, "of an op; 0: d-model / heads", 0, INT32_MAX);
+        o->add("batch", &task.B, "sequences", 1, 1 << 24);
+        o->add("seq-len", &task.T, "tokens of a sequence; 0: the preset's", 0, 1 << 24);
+        o->add("seed", &task.seed, "of weights, tokens and inputs");
+        o->section("In place of drawn numbers");
+        o->add("weights", &weights, "DIR: a model's configuration and weights");
+        o->add("tokens", &tokens_file, "text file of token ids, one sequence of T+1 a line; - is standard input");
+        o->add("inputs", &inputs,
+               "safetensors file of given tensors by name; an oracle file also says what to compute");
+        o->section("How much");
+        o->add("state-cotangent", &task.state_cotangent, "the objective also reads the final states");
+        o->add("intermediates", &task.intermediates, "false: no activations and their gradients but logits and losses");
+        o->add("decode", &task.decode, "the cached decoder's states and logits");
+        o->add("adamw-steps", &task.adamw_steps, "optimizer steps", 0, 1000);
+        o->add("precision", &precision, "fp64: an oracle; fp32 or bf16: the same by this program in less, a candidate");
+        o->section("Output");
+        o->add("out", &out, "FILE.safetensors");
+    };
+    const char* usage =
+        "ref_cpu oracle [options] --out FILE.safetensors\n\nWrites every number of a forward and backward pass, in double, "
+        "for other implementations to be\ncompared with (docs/oracle.md).";
+    {  // the preset, an op or a model's directory set the defaults of the other options: they are looked for first
+        Options first("ref_cpu", usage);
+        add_all(&first);
+        if (!first.parse(argc, argv, 1)) return 0;
+    }
+    const std::string given_preset = preset_name, given_weights = weights;
+    task = OracleTask();
+    task.config = preset(given_preset);
+    if (!given_weights.empty()) task.config = load_config(resolve_checkpoint(given_weights));
+    Options options("ref_cpu", usage);
+    add_all(&options);
+    options.parse(argc, argv, 1);
+    const auto together = [&](const char* a, const char* b) {
+        if (options.given(a) && options.given(b)) usage_error("--%s and --%s cannot be given together", a, b);
+    };
+    if (out.empty()) usage_error("oracle: --out is missing");
+    if (precision != "fp64" && precision != "fp32" && precision != "bf16")
+        usage_error("--precision: '%s' is not fp64, fp32 or bf16", precision.c_str());
+    together("op", "weights");
+    together("op", "tokens");
+    together("preset", "weights");
+    if (options.given("heads") && !options.given("kv-heads")) task.config.Hkv = task.config.H;
+
+    std::unique_ptr<SafeTensors> file;
+    if (!inputs.empty()) file = std::make_unique<SafeTensors>(inputs);
+    if (file && file->metadata.count("schema")) {
+        for (const std::string& name : options.given_names())
+            if (name != "inputs" && name != "out" && name != "precision")
+                usage_error("--%s: %s is an oracle file, which says what to compute", name.c_str(), inputs.c_str());
+        task = task_of(*file);
+    } else {
+        if (!op.empty()) {
+            const std::vector<std::string> ops(std::begin(op_names), std::end(op_names));
+            if (std::find(ops.begin(), ops.end(), op) == ops.end())
+                usage_error("--op: '%s' is no op; did you mean '%s'?", op.c_str(), nearest_word(op, ops).c_str());
+            task.kind = op;
+        }
+        if (P > 0) {
+            if (op.empty()) usage_error("--head-dim is for one op; a model's is --d-model / --heads");
+            task.config.D = P * task.config.H;
+        }
+        task.config.validate();
+        if (task.T == 0) task.T = task.config.T;
+        task.config.dropout = 0;
+    }
+    Vec text;
+    if (!tokens_file.empty()) read_ids(tokens_file, &text, &task.B, &task.T);
+    task.given = draw_given(task);
+    if (!weights.empty()) {
+        const std::vector<float> w = load_weights(resolve_checkpoint(weights), task.config);
+        for (const ParamSpec& s : ParamTable(task.config).specs)
+            for (NamedTensor& t : task.given)
+                if (t.name == s.name) t.values.assign(w.begin() + s.offset, w.begin() + s.offset + s.count);
+    }
+    if (!text.empty())
+        for (NamedTensor& t : task.given)
+            for (size_t i = 0; (t.name == "tokens" || t.name == "targets") && i < t.values.size(); ++i)
+                t.values[i] =
+                    text[i / size_t(task.T) * size_t(task.T + 1) + i % size_t(task.T) + (t.name == "targets")];
+    if (file) take_given(*file, &task);
+    for (const NamedTensor& t : task.given)
+        for (size_t i = 0; t.dtype == DType::I64 && i < t.values.size(); ++i)
+            if (!(t.values[i] >= 0 && t.values[i] < double(task.config.V)))
+                fail("%s, element %zu: id %.0f is outside the vocabulary of %lld", t.name.c_str(), i, t.values[i],
+                     (long long)task.config.V);
+
+    const double start = seconds();
+    const std::vector<NamedTensor> computed = run(task, precision);
+    for (const NamedTensor& t : computed)
+        for (size_t i = 0; i < t.values.size(); ++i)
+            if (!std::isfinite(t.values[i]))
+                fail("%s, element %zu, is %s", t.name.c_str(), i, std::isnan(t.values[i]) ? "nan" : "infinite");
+    std::map<std::string, Noise> noise;
+    if (precision == "fp64") noise = measure_noise(task, computed);
+    write_oracle(out, task, precision, computed, noise);
+    struct stat st;
+    printf("%s: %s, %s, %zu given and %zu computed tensors, %s, %.1f s\n", out.c_str(), task.kind.c_str(),
+           precision.c_str(), task.given.size(), computed.size(),
+           byte_text(stat(out.c_str(), &st) == 0 ? double(st.st_size) : 0).c_str(), seconds() - start);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 18  compare: an oracle and a candidate, tensor by tensor in the order of computation                   docs/oracle.md
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A candidate passes a tensor if its error is at most kNoiseFactor times the noise of a right implementation, measured at
+// this very size, plus half a unit of the last place of its dtype (so that exact tensors may be stored in it).
+constexpr double kNoiseFactor = 8;
+
+struct Dtype {
+    const char* name;
+    int noise;        // which column of Noise
+    double scale;     // of that column
+    double half_ulp;  // relative
+};
+// fp64 has fp32's noise times 2^-29, the ratio of their units.
+const Dtype dtypes[] = {{"fp32", 0, 1, 1.0 / (1 << 24)},
+                        {"bf16", 1, 1, 1.0 / (1 << 9)},
+                        {"fp64", 0, 1.0 / (1 << 29), 1.0 / (int64(1) << 53)}};
+
+std::map<std::string, Noise> read_noise(const SafeTensors& file) {
+    const std::string at = file.path + ": __metadata__.noise";
+    const Json j = Json::parse(metadata_of(file, "noise"), at);
+    if (j.type != Json::Object) fail("%s: expected an object", at.c_str());
+    std::map<std::string, Noise> noise;
+    for (const auto& key : j.keys) {
+        bool good = key.second.type == Json::Array && key.second.items.size() == 4;
+        for (size_t i = 0; good && i < 4; ++i)
+            good = key.second.items[i].type == Json::Number && key.second.items[i].number >= 0 &&
+                   std::isfinite(key.second.items[i].number);
+        if (!good) fail("%s: '%s' is not four numbers of 0 or more", at.c_str(), key.first.c_str());
+        Noise& n = noise[key.first];
+        for (int which = 0; which < 2; ++which) {
+            n.relative[which] = key.second.items[size_t(2 * which)].number;
+            n.max_abs[which] = key.second.items[size_t(2 * which + 1)].number;
+        }
+    }
+    return noise;
+}
+
+std::string index_text(int64 element, const Shape& shape) {
+    std::string s;
+    for (size_t i = shape.size(); i-- > 0;) {
+        s = std::to_string(element % shape[i]) + (s.empty() ? "" : ",") + s;
+        element /= shape[i];
+    }
+    return "[" + s + "]";
+}
+
+// Whether swapping two neighbouring dimensions of the candidate makes it agree: the commonest mistake in a dump.
+std::string transposition(const Vec& candidate, const Vec& oracle, const Shape& from, double allowed) {
+    for (size_t d = 0; d + 1 < from.size(); ++d) {
+        int64 outer = 1, inner = 1;
+        for (size_t i = 0; i < d; ++i) outer *= from[i];
+        for (size_t i = d + 2; i < from.size(); ++i) inner *= from[i];
+        const int64 m = from[d], n = from[d + 1];
+        if (m == 1 || n == 1) continue;
+        Vec swapped(candidate.size());
+        for (int64 o = 0; o < outer; ++o)
+            for (int64 i = 0; i < m; ++i)
+                for (int64 j = 0; j < n; ++j)
+                    for (int64 k = 0; k < inner; ++k)
+                        swapped[size_t(((o * n + j) * m + i) * inner + k)] =
+                            candidate[size_t(((o * m + i) * n + j) * inner + k)];
+        if (error_between(swapped, oracle).relative <= allowed)
+            return format("dimensions %zu and %zu are swapped", d, d + 1);
+    }
+    return "";
+}
+
+struct Verdict {
+    enum Kind { agrees, differs, missing, not_asked } kind = agrees;
+    std::string name, shape, remark;
+    double relative = 0, allowed_relative = 0, max_abs = 0, allowed_max = 0;
+    std::vector<std::string> details;
+};
+
+bool selected(const std::string& name, const std::vector<std::string>& prefixes) {
+    for (const std::string& p : prefixes)
+        if (name == p || starts_with(name, p + ".")) return true;
+    return prefixes.empty();
+}
+
+Verdict compare_tensor(const SafeTensors& oracle, const SafeTensors::Entry& want, const SafeTensors& candidate,
+                       const std::map<std::string, Noise>& noise, const Dtype& dtype, double slack) {
+    Verdict v;
+    v.name = want.name;
+    v.shape = to_text(want.shape);
+    const SafeTensors::Entry* got = candidate.find(want.name);
+    if (!got) {
+        v.kind = Verdict::missing;
+        return v;
+    }
+    const auto differs = [&](const std::string& remark) {
+        v.kind = Verdict::differs;
+        v.remark = remark;
+    };
+    const auto integer = [](DType t) { return t == DType::I64 || t == DType::I32; };
+    if (integer(got->dtype) != integer(want.dtype)) {
+        differs(format("the candidate holds %s, expected %s", dtype_name(got->dtype),
+                       integer(want.dtype) ? "integers" : "floating-point numbers"));
+        return v;
+    }
+    if (got->shape != want.shape && !(element_count(got->shape) == 1 && element_count(want.shape) == 1)) {
+        Shape a = got->shape, b = want.shape;
+        std::sort(a.begin(), a.end());
+        std::sort(b.begin(), b.end());
+        differs(format("the candidate has shape %s, expected %s%s", to_text(got->shape).c_str(), v.shape.c_str(),
+                       a == b ? ": the same dimensions in another order" : ""));
+        return v;
+    }
+    Vec exact, values;
+    read_values(oracle, want, &exact, true);
+    read_values(candidate, *got, &values, false);
+    const TensorError e = error_between(values, exact);
+    double largest = 0;
+    for (const double x : exact) largest = std::max(largest, std::fabs(x));
+    const auto known = noise.find(want.name);
+    const bool computed = known != noise.end();  // else it was given, or is an integer: exactly the same
+    if (computed) {
+        const double factor = slack * kNoiseFactor * dtype.scale;
+        v.allowed_relative = factor * known->second.relative[dtype.noise] + dtype.half_ulp;
+        v.allowed_max = factor * known->second.max_abs[dtype.noise] + dtype.half_ulp * largest;
+    }
+    v.relative = e.relative;
+    v.max_abs = e.max_abs;
+    if (e.finite && e.relative <= v.allowed_relative && e.max_abs <= v.allowed_max) return v;
+    const size_t i = size_t(e.worst);
+    differs(format("%s: oracle %.9g, candidate %.9g", index_text(e.worst, want.shape).c_str(), exact[i], values[i]));
+    if (!e.finite) {
+        v.details.push_back("the candidate's number is not finite");
+        return v;
+    }
+    if (!computed) {
+        v.details.push_back("it is given, or counts something: it must be the same number");
+    } else {
+        v.details.push_back(
+            format("allowed: %g times the noise of a right %s implementation at this size (relative RMS "
+                   "%.2g, max abs %.2g) + half a unit in the last place",
+                   slack * kNoiseFactor, dtype.name, known->second.relative[dtype.noise] * dtype.scale,
+                   known->second.max_abs[dtype.noise] * dtype.scale));
+    }
+    const std::string swapped = transposition(values, exact, want.shape, v.allowed_relative);
+    if (!swapped.empty()) v.details.push_back(swapped + ": that way it agrees");
+    return v;
+}
+
+int compare_command(int argc, char** argv) {
+    std::string dtype_name_ = "fp32";
+    std::vector<std::string> only, files;
+    bool partial = false;
+    double slack = 1;
+    Options o(
+        "ref_cpu",
+        "ref_cpu compare ORACLE.safetensors CANDIDATE.safetensors [options]\n\nWalks the oracle's tensors in the order "
+        "of computation, names the first that the candidate has wrong, then\nlists all. Exit status 0 only if every "
+        "tensor asked for is there and agrees (docs/oracle.md).");
+    o.add("dtype", &dtype_name_, "what the candidate was computed in: fp32, bf16 or fp64");
+    o.add("only", &only, "names, or what they begin with up to a dot: layers.3.ssd grad.layers.3.ssd");
+    o.add("partial", &partial, "tensors that the candidate lacks are no mistake");
+    o.add("slack", &slack, "multiplies the tolerances", 0, 1e6);
+    if (!o.parse(argc, argv, 1, &files)) return 0;
+    if (files.size() != 2)
+        usage_error("compare: expected two files, an oracle and a candidate; found %zu", files.size());
+    const Dtype* dtype = nullptr;
+    for (const Dtype& d : dtypes)
+        if (dtype_name_ == d.name) dtype = &d;
+    if (!dtype) usage_error("--dtype: '%s' is not fp32, bf16 or fp64", dtype_name_.c_str());
+
+    const SafeTensors oracle(files[0]), candidate(files[1]);
+    const OracleTask task = task_of(oracle);
+    if (metadata_of(oracle, "precision") != "fp64")
+        fail("%s: was computed in %s: expected an oracle (fp64) as the first file", files[0].c_str(),
+             metadata_of(oracle, "precision").c_str());
+    const std::map<std::string, Noise> noise = read_noise(oracle);
+    for (const char* key : {"schema", "kind", "config", "inputs_sha256"}) {
+        const auto theirs = candidate.metadata.find(key);
+        if (theirs != candidate.metadata.end() && theirs->second != metadata_of(oracle, key))
+            fail("%s: __metadata__.%s differs from that of %s: it was made from other inputs", files[1].c_str(), key,
+                 files[0].c_str());
+    }
+    for (const std::string& p : only) {
+        bool any = false;
+        std::vector<std::string> names;
+        for (const SafeTensors::Entry& e : oracle.entries) {
+            any = any || selected(e.name, {p});
+            names.push_back(e.name);
+        }
+        if (!any)
+            usage_error("--only: no tensor of %s is called or begins with '%s'; did you mean '%s'?", files[0].c_str(),
+                        p.c_str(), nearest_word(p, names).c_str());
+    }
+
+    std::vector<Verdict> verdicts;
+    const Verdict* first = nullptr;
+    int64 count[4] = {0, 0, 0, 0}, lacking = 0;
+    for (const SafeTensors::Entry& e : oracle.entries) {
+        if (!selected(e.name, only)) continue;
+        const bool given =
+            e.dtype != DType::I64 ? !noise.count(e.name) : !starts_with(e.name, "decode.") && e.name != "sampler.token";
+        Verdict v = compare_tensor(oracle, e, candidate, noise, *dtype, slack);
+        if (v.kind == Verdict::missing && given) continue;  // nobody has to give back what was given
+        lacking += v.kind == Verdict::missing;
+        ++count[v.kind];
+        verdicts.push_back(v);
+    }
+    for (const Verdict& v : verdicts)
+        if (!first && v.kind == Verdict::differs) first = &v;
+
+    printf("%s: %s, %zu tensors; %s: %zu tensors; %s tolerances%s\n", files[0].c_str(), task.kind.c_str(),
+           oracle.entries.size(), files[1].c_str(), candidate.entries.size(), dtype->name,
+           slack == 1 ? "" : format(" times %g", slack).c_str());
+    std::vector<std::string> strangers;
+    for (const SafeTensors::Entry& e : candidate.entries)
+        if (!oracle.find(e.name)) strangers.push_back(e.name);
+    std::vector<std::string> names;
+    for (const SafeTensors::Entry& e : oracle.entries) names.push_back(e.name);
+    for (size_t i = 0; i < strangers.size() && i < 5; ++i)
+        printf("%s: the oracle has no tensor of this name; did you mean %s?\n", strangers[i].c_str(),
+               nearest_word(strangers[i], names).c_str());
+    if (strangers.size() > 5) printf("... and %zu more such names\n", strangers.size() - 5);
+
+    if (first) {
+        printf("\nFIRST DIFFERENCE: %s %s\n    %s\n", first->name.c_str(), first->shape.c_str(), first->remark.c_str());
+        if (!first->details.empty() && std::isfinite(first->relative))
+            printf("    relative RMS %.3g (allowed %.3g), max abs %.3g (allowed %.3g)\n", first->relative,
+                   first->allowed_relative, first->max_abs, first->allowed_max);
+        for (const std::string& d : first->details) printf("    %s\n", d.c_str());
+    }
+    printf("\n%-9s %-58s %-20s %12s %12s %12s %12s\n", "", "tensor", "shape", "relative RMS", "allowed", "max abs",
+           "allowed");
+    static const char* const words[] = {"ok", "DIFFERS", "missing", ""};
+    for (const Verdict& v : verdicts) {
+        printf("%-9s %-58s %-20s", words[v.kind], v.name.c_str(), v.shape.c_str());
+        if (v.kind == Verdict::missing) printf("\n");
+        else if (v.kind == Verdict::differs && v.details.empty()) printf(" %s\n", v.remark.c_str());
+        else printf(" %12.2e %12.2e %12.2e %12.2e\n", v.relative, v.allowed_relative, v.max_abs, v.allowed_max);
+    }
+    printf("\n%lld agree, %lld differ, %lld missing\n", (long long)count[Verdict::agrees],
+           (long long)count[Verdict::differs], (long long)lacking);
+    if (count[Verdict::agrees] + count[Verdict::differs] == 0)
+        fail("%s: holds none of the tensors asked for", files[1].c_str());
+    if (lacking && !partial && !count[Verdict::differs])
+        printf("missing tensors count as mistakes: --only names those to be compared, --partial lets them pass\n");
+    return count[Verdict::differs] || (lacking && !partial) ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace ref
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 19  main
 // ---------------------------------------------------------------------------------------------------------------------
 
 #ifdef REF_CPU_MAIN
@@ -3001,16 +4275,21 @@ int main(int argc, char** argv) {
         const std::string command = argc > 1 ? argv[1] : "--help";
         if (command == "bench") return ref::bench_command(argc - 1, argv + 1);
         if (command == "gradcheck") return ref::gradcheck_command(argc - 1, argv + 1);
+        if (command == "oracle") return ref::oracle_command(argc - 1, argv + 1);
+        if (command == "compare") return ref::compare_command(argc - 1, argv + 1);
         if (command == "--help" || command == "-h") {
             printf(
                 "ref_cpu: the CPU reference of TransXSSM.\n\n%s"
                 "    bench                 time a train step, decoding and the matrix product on this machine\n"
-                "    gradcheck             compare every gradient with central differences\n\n"
+                "    gradcheck             compare every gradient with central differences\n"
+                "    oracle                write every number of a pass, in double, for other implementations\n"
+                "    compare ORACLE FILE   find the first tensor that another implementation has wrong\n\n"
                 "ref_cpu COMMAND --help lists a command's options.\n",
                 model_command_help());
             return 0;
         }
-        return model_command("ref_cpu", argc - 1, argv + 1, make_cpu_engine, {"bench", "gradcheck"});
+        return model_command("ref_cpu", argc - 1, argv + 1, make_cpu_engine,
+                             {"bench", "gradcheck", "oracle", "compare"});
     });
 }
 #endif

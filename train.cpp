@@ -96,19 +96,7 @@ void add_options(Options* o, Settings* s) {
     o->add("tokenizer", &s->tokenizer, "bytes, or a tokenizer.json");
     o->section("Model");
     o->add("preset", &s->preset_name, presets.c_str());
-    o->add("layers", &s->config.L, "layers", 1, 65535);
-    o->add("d-model", &s->config.D, "width", 1, big);
-    o->add("heads", &s->config.H, "heads", 1, big);
-    o->add("kv-heads", &s->config.Hkv,
-           "key/value heads of an attention layer; as many as --heads if only that is given", 1, big);
-    o->add("d-state", &s->config.N, "state size of an SSD head", 1, big);
-    o->add("d-ff", &s->config.F, "feed-forward width", 1, big);
-    o->add("attn-period", &s->config.attn_period, "one layer in so many is attention; 0: none, 1: all", 0, 65535);
-    o->add("attn-offset", &s->config.attn_offset, "which one: layer % period == offset", 0, 65535);
-    o->add("chunk", &s->config.Q, "chunk length of SSD", 1, big);
-    o->add("rope-theta", &s->config.rope_theta, "base of the rotary positions", 1e-6, 1e18);
-    o->add("tie", &s->config.tie, "the output head is the embedding");
-    o->add("ssd-decay", &s->config.ssd_decay, "false: states do not decay (the paper's equation 7)");
+    add_model_options(o, &s->config);
     o->add("dropout", &s->config.dropout, "after the mixer and the feed-forward", 0, 0.999);
     o->section("Training");
     o->add("seq-len", &s->config.T, "tokens of a window", 1, big);

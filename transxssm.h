@@ -78,6 +78,8 @@ struct Config {
 // 320m, 1.3b: the paper's. Throws UsageError for any other name.
 Config preset(const std::string& name);
 std::vector<std::string> preset_names();
+// --layers, --d-model, ... : every program's options that describe a model.
+void add_model_options(Options*, Config*);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The one parameter table: drives allocation, initialisation, weight decay, file names and messages
@@ -359,9 +361,11 @@ void ssd_recurrent_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, con
 template <class T>
 void ssd_quadratic_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, const T* dY, const T* dS_T, const T* sc,
                             const T* sb, const T* sx, const T* dt, const T* dA, const T* S_0, const SsdShape&);
+// dchunk_states, (B,H,NC,P,N), the gradients of chunk_states, may be null too.
 template <class T>
-void ssd_chunked_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, const T* dY, const T* dS_T, const T* sc,
-                          const T* sb, const T* sx, const T* dt, const T* dA, const T* chunk_states, const SsdShape&);
+void ssd_chunked_backward(T* dsc, T* dsb, T* dsx, T* ddt, T* ddA, T* dS_0, T* dchunk_states, const T* dY, const T* dS_T,
+                          const T* sc, const T* sb, const T* sx, const T* dt, const T* dA, const T* chunk_states,
+                          const SsdShape&);
 
 // out = w * x + dropout(m). site: which of the model's dropouts this is (2 layer + {0 mixer, 1 feed-forward}).
 struct Dropout {
@@ -387,6 +391,16 @@ template <class T>
 void adamw_update(T* w, T* m, T* v, const T* g, const AdamW&, bool decay, double lr, int64 step, double grad_scale,
                   int64 n);
 
+// Watches a model compute: sees each tensor, by its name in docs/oracle.md, as soon as it is there, and may change it, as an
+// engine of less precision would by rounding. data: shape[0]*shape[1] rows, `ld` elements apart, of the other dimensions.
+template <class T>
+struct Probe {
+    virtual ~Probe() = default;
+    virtual void see(const std::string& name, T* data, const Shape& shape, int64 ld) = 0;
+    // What the objective adds to the gradient of an SSD layer's final state, (B,H,P,N); null: nothing.
+    virtual const T* final_state_cotangent(int64 layer) const = 0;
+};
+
 // What one layer's forward keeps for its backward, rows = B*T.
 template <class T>
 struct LayerActivations {
@@ -395,6 +409,7 @@ struct LayerActivations {
     std::vector<T> proj;          // (rows, ssd_width or attn_width): C|B|X|dt_raw or q|k|v, rotated in place
     std::vector<T> dt, dA;        // SSD: (rows,H)
     std::vector<T> chunk_states;  // SSD: (B,H,NC,P,N)
+    std::vector<T> final_state;   // SSD: (B,H,P,N), for a probe
     std::vector<T> lse;           // attention: (rows,H)
     std::vector<T> y;             // (rows,D) heads' outputs
     std::vector<T> x_mid;         // (rows,D) after the first residual
@@ -422,6 +437,7 @@ class Model {
     std::vector<LayerActivations<T>> layers;      // of the last forward
     std::vector<T> x_final, rstd_final, u_final;  // (rows,D), (rows), (rows,D)
     std::vector<T> logits, losses;                // (rows,V), (rows); backward turns logits into their gradient
+    Probe<T>* probe = nullptr;
 
     explicit Model(const Config& c) : config(c), table(c), weights(size_t(table.count)), layers(size_t(c.L)) {}
 
@@ -453,6 +469,16 @@ class Model {
     }
     void mixer_forward(int64 layer, ModelState<T>* state, int64 pos0);
     void mixer_backward(int64 layer);
+    // Shows a tensor, or the gradient of the tensor called `name`, to the probe. layer -1: outside the layers; ld 0: rows lie
+    // without gaps.
+    void see(int64 layer, const char* name, T* data, std::initializer_list<int64> shape, int64 ld = 0) {
+        if (probe) show("", layer, name, data, shape, ld);
+    }
+    void see_gradient(int64 layer, const char* name, T* data, std::initializer_list<int64> shape, int64 ld = 0) {
+        if (probe) show("grad.", layer, name, data, shape, ld);
+    }
+    void show(const char* kind, int64 layer, const char* name, T* data, const Shape& shape, int64 ld);
+    void see_chunks(int64 layer);
 };
 
 // The gradient check: every gradient of every op and of a small hybrid model against central differences in double.

@@ -71,7 +71,7 @@ SsdResult run_ssd(const SsdCase& c, Form form, bool state = true) {
             break;
         case Form::chunked:
             ssd_chunked_forward(Y.data(), st, chunk_states.data(), p, p + b, p + x, dt.data(), dA.data(), s0, n);
-            ssd_chunked_backward(q, q + b, q + x, ddt.data(), ddA.data(), ds0, dY.data(), dst, p, p + b, p + x,
+            ssd_chunked_backward<T>(q, q + b, q + x, ddt.data(), ddA.data(), ds0, nullptr, dY.data(), dst, p, p + b, p + x,
                                  dt.data(), dA.data(), chunk_states.data(), n);
     }
     const auto wide = [](const std::vector<T>& v) { return std::vector<double>(v.begin(), v.end()); };
