@@ -54,7 +54,7 @@ endif
 # Programs
 # ---------------------------------------------------------------------------------------------------------------------
 
-.PHONY: all run test sanitize mutations bench format clean help doctest FORCE
+.PHONY: all run test sanitize mutations oracles bench format clean help doctest FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -120,6 +120,10 @@ sanitize:
 mutations: $(BUILD)/tests
 	@CXX='$(CXX)' sh test/mutations.sh
 
+# The canonical oracles (docs/oracle.md), into build/oracles.
+oracles: $(BIN)/ref_cpu
+	@sh test/oracles.sh $(BIN)/ref_cpu $(BUILD)/oracles
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Everything else
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,6 +146,7 @@ help:
 	@echo "make test       build and run the tests; TESTS='-tc=ssd*' runs those whose name matches"
 	@echo 'make sanitize   the tests with the address and undefined-behaviour sanitizers'
 	@echo 'make mutations  plants mistakes in the reference and checks that the tests notice'
+	@echo 'make oracles    write the canonical oracle files into build/oracles'
 	@echo 'make bench      ./ref_cpu bench'
 	@echo 'make format     clang-format every source'
 	@echo 'make clean      remove what was built'
