@@ -116,9 +116,9 @@ sanitize:
 	@FUZZ_SECONDS=60 $(MAKE) --no-print-directory BUILD=build/sanitize BIN=build/sanitize \
 	    CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all' test
 
-# One planted mistake at a time, each of which the tests must notice (two minutes).
-mutations: $(BUILD)/tests
-	@CXX='$(CXX)' sh test/mutations.sh
+# One planted mistake at a time, each of which the tests must notice and compare must find (four minutes).
+mutations: $(BUILD)/tests $(BIN)/ref_cpu
+	@CXX='$(CXX)' BUILD='$(BUILD)' REF_CPU='$(BIN)/ref_cpu' sh test/mutations.sh
 
 # The canonical oracles (docs/oracle.md), into build/oracles.
 oracles: $(BIN)/ref_cpu
@@ -145,7 +145,7 @@ help:
 	@echo 'make run        build, then ./train: train the tiny preset on this repository, with a sample at the end'
 	@echo "make test       build and run the tests; TESTS='-tc=ssd*' runs those whose name matches"
 	@echo 'make sanitize   the tests with the address and undefined-behaviour sanitizers'
-	@echo 'make mutations  plants mistakes in the reference and checks that the tests notice'
+	@echo 'make mutations  plants mistakes in the reference and checks that the tests and compare notice'
 	@echo 'make oracles    write the canonical oracle files into build/oracles'
 	@echo 'make bench      ./ref_cpu bench'
 	@echo 'make format     clang-format every source'
