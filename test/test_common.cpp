@@ -341,6 +341,14 @@ TEST_CASE("json: 64 levels are read, more are refused, however many") {
     for (const size_t n : {66, 1000000}) CHECK_ERROR(Json::parse(nested(n), "t"), "nested deeper than 64 levels");
 }
 
+TEST_CASE("files: a limit on what is read holds, for devices too") {
+    TempDir tmp;
+    put_file(tmp / "ten", "0123456789");
+    CHECK_EQ(read_file(tmp / "ten", 10), "0123456789");
+    CHECK_ERROR(read_file(tmp / "ten", 9), "ten: larger than 9 B");
+    CHECK_ERROR(read_file("/dev/zero", 1000000), "/dev/zero: larger than 1.0 MB");
+}
+
 TEST_CASE("json: no truncation and no changed byte of a document crashes the reader") {
     const std::string text = R"({"a":[1,-2.5e3,"\u00e9\ud83d\ude00é"],"b":{"c":null,"d":true}})";
     for (size_t n = 0; n < text.size(); ++n) CHECK_ERROR(Json::parse(text.substr(0, n), "t"), "not valid JSON");
