@@ -805,8 +805,24 @@ inline std::string parent_directory(const std::string& path) {
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// Replaces a file so that a reader, or a kill at any instant, sees the old or the new contents, never a mixture.
-inline void replace_file(const std::string& path, const std::string& data) {
+// Do two paths lead to one regular file?
+inline bool same_file(const std::string& a, const std::string& b) {
+    struct stat x, y;
+    return stat(a.c_str(), &x) == 0 && stat(b.c_str(), &y) == 0 && S_ISREG(x.st_mode) && x.st_dev == y.st_dev &&
+           x.st_ino == y.st_ino;
+}
+
+// Replaces a file so that a reader, or a kill at any instant, sees the old or the new contents, never a mixture. A link
+// stays one; a device or a pipe, which a rename would replace by a file, is written to.
+inline void replace_file(const std::string& name, const std::string& data) {
+    struct stat st;
+    const bool exists = stat(name.c_str(), &st) == 0;
+    if (exists && !S_ISREG(st.st_mode)) {
+        write_file(name, data);
+        return;
+    }
+    const std::unique_ptr<char, void (*)(void*)> target(exists ? realpath(name.c_str(), nullptr) : nullptr, free);
+    const std::string path = target ? target.get() : name;
     write_file(path + ".tmp", data);
     if (rename((path + ".tmp").c_str(), path.c_str()) != 0) {
         const int e = errno;

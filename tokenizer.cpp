@@ -879,6 +879,9 @@ class TokenizerFile {
         only_keys(*model, "model.",
                   {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
                    "byte_fallback", "ignore_merges", "vocab", "merges"});
+        const Json* version = root.find("version");
+        if (version && !(version->type == Json::String && version->text == "1.0"))
+            unsupported("version", *version, "\"1.0\"");
         only_null(root, "", "truncation");
         only_null(root, "", "padding");
         read_normalizer();
@@ -1065,8 +1068,8 @@ class TokenizerFile {
                 b = m.items[1].text;
             }
             if (a.empty() || b.empty())
-                fail("%s: model.merges[%zu] is %s, expected two tokens: \"a b\" or [\"a\", \"b\"]", file.c_str(), i,
-                     shown(m).c_str());
+                fail("%s: model.merges[%zu] is %s, expected two tokens, neither empty: \"a b\" or [\"a\", \"b\"]",
+                     file.c_str(), i, shown(m).c_str());
             int32_t id[3];
             const std::string both = a + b, *const names_of[3] = {&a, &b, &both};
             for (int k = 0; k < 3; ++k) {
@@ -1474,13 +1477,28 @@ void count_words(const std::string& file, const TrainOptions& o, bool lines, Wor
     add_lines(pending.data(), pending.size());
 }
 
+// Bytes for people: control characters and what is not UTF-8 as <0A>.
+std::string visible(const std::string& bytes) {
+    std::string out;
+    for (size_t i = 0; i < bytes.size();) {
+        const int n = utf8_sequence(bytes.data() + i, bytes.size() - i);
+        const uint32_t c = n > 0 ? code_point(&bytes[i], n) : 0;
+        if (c < 0x20 || (c >= 0x7F && c < 0xA0)) out += format("<%02X>", unsigned(uint8_t(bytes[i])));
+        else out.append(bytes, i, size_t(n));
+        if (c >= 0x7F && c < 0xA0) out += format("<%02X>", unsigned(uint8_t(bytes[i + 1])));
+        i += size_t(std::max(n, 1));
+    }
+    return out;
+}
+
 void check_special(const TrainOptions& o) {
     const std::vector<std::string> alphabet = byte_alphabet();
     std::set<std::string> seen;
     for (const std::string& s : o.special) {
         std::string pending;
+        const std::string name = visible(s);
         if (s.empty() || s.size() > 1024) usage_error("--special: a text of %zu bytes, expected 1 to 1024", s.size());
-        if (utf8_stream(&pending, s, true) != s) usage_error("--special: '%s' is not UTF-8", pending.c_str());
+        if (utf8_stream(&pending, s, true) != s) usage_error("--special: '%s' is not UTF-8", name.c_str());
         if (!seen.insert(s).second) usage_error("--special: '%s' is there twice", s.c_str());
         if (std::find(alphabet.begin(), alphabet.end(), s) != alphabet.end())
             usage_error("--special: '%s' is the name of a byte", s.c_str());
@@ -1553,10 +1571,10 @@ void decode_command(const Tokenizer& tokenizer, const std::string& file) {
     for (size_t at = text.find_first_not_of(blanks); at != std::string::npos;) {
         const size_t end = std::min(text.find_first_of(blanks, at), text.size());
         int64 id;
-        std::string pending, word = text.substr(at, std::min<size_t>(end - at, 40));
-        if (!parse_int(word, &id))
-            fail("%s: '%s' at byte %zu is not a token id", where.c_str(), utf8_stream(&pending, word, true).c_str(),
-                 at);
+        const std::string word = text.substr(at, std::min<size_t>(end - at, 40));
+        if (end - at > 40 || !parse_int(word, &id))
+            fail("%s: '%s%s' at byte %zu is not a token id", where.c_str(), visible(word).c_str(),
+                 end - at > 40 ? "..." : "", at);
         if (id < 0 || id >= tokenizer.vocab_size())
             fail("%s: token id %lld is outside the vocabulary of %lld", where.c_str(), (long long)id,
                  (long long)tokenizer.vocab_size());
@@ -1564,20 +1582,6 @@ void decode_command(const Tokenizer& tokenizer, const std::string& file) {
         at = text.find_first_not_of(blanks, end);
     }
     fwrite(out.data(), 1, out.size(), stdout);
-}
-
-// A token's bytes for people: control characters and what is not UTF-8 as <0A>.
-std::string visible(const std::string& bytes) {
-    std::string out;
-    for (size_t i = 0; i < bytes.size();) {
-        const int n = utf8_sequence(bytes.data() + i, bytes.size() - i);
-        const uint32_t c = n > 0 ? code_point(&bytes[i], n) : 0;
-        if (c < 0x20 || (c >= 0x7F && c < 0xA0)) out += format("<%02X>", unsigned(uint8_t(bytes[i])));
-        else out.append(bytes, i, size_t(n));
-        if (c >= 0x7F && c < 0xA0) out += format("<%02X>", unsigned(uint8_t(bytes[i + 1])));
-        i += size_t(std::max(n, 1));
-    }
-    return out;
 }
 
 void info_command(const Bpe& bpe, const std::string& choice, const std::vector<std::string>& files, int64 longest,
@@ -1653,6 +1657,10 @@ int tokenizer_main(int argc, char** argv) {
         }
     }
     if (!options.parse(argc, argv, 2, &words)) return 0;
+    if (out == "-") usage_error("--out: expected a file, found '-'");
+    for (const std::string& word : words)
+        if (!out.empty() && same_file(word, out))
+            usage_error("--out %s: is an input too, and would be lost", out.c_str());
     if (command == "train") {
         for (const PatternName& p : patterns)
             if (pattern == p.name) train.pattern = p.pattern;

@@ -389,6 +389,23 @@ TEST_CASE("files: a file that was not finished is removed, a replaced one leaves
     replace_file(tmp / "a", "two");
     CHECK_EQ(read_file(tmp / "a"), "two");
     CHECK_EQ(list_directory(tmp.path).size(), 1);
+    // A link stays a link, and a pipe (or a device) a pipe.
+    CHECK_EQ(symlink("a", (tmp / "link").c_str()), 0);
+    replace_file(tmp / "link", "three");
+    CHECK_EQ(read_file(tmp / "a"), "three");
+    CHECK_EQ(mkfifo((tmp / "pipe").c_str(), 0600), 0);
+    const int fd = open((tmp / "pipe").c_str(), O_RDWR);
+    replace_file(tmp / "pipe", "four");
+    char read_back[8] = {};
+    CHECK_EQ(read(fd, read_back, 7), 4);
+    close(fd);
+    CHECK_EQ(std::string(read_back), "four");
+    struct stat st;
+    CHECK(stat((tmp / "pipe").c_str(), &st) == 0);
+    CHECK(S_ISFIFO(st.st_mode));
+    CHECK_EQ(list_directory(tmp.path).size(), 3);
+    CHECK(same_file(tmp / "a", tmp / "link"));
+    CHECK_FALSE(same_file(tmp / "a", tmp / "none"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -239,6 +239,11 @@ TEST_CASE("tokenizer train: mistakes get one line, and nothing is written") {
             {"--special: '<x>' is there twice"});
     failure({text, "--vocab-size", "300", "--out", out, "--special", "a"}, 2, {"'a' is the name of a byte"});
     failure({text, "--vocab-size", "300", "--out", out, "--pattern", "gpt3"}, 2, {"--pattern: 'gpt3'", "cl100k"});
+    failure({text, "--vocab-size", "300", "--out", out, "--special", "<\xFF>"}, 2,
+            {"--special: '<<FF>>' is not UTF-8"});
+    failure({text, "--vocab-size", "300", "--out", "-"}, 2, {"--out: expected a file, found '-'"});
+    failure({text, "--vocab-size", "300", "--out", tmp.path + "/./text"}, 2, {"/./text: is an input too"});
+    CHECK_EQ(read_file(text), "abc abc abc\n");
     failure({tmp / "none", "--vocab-size", "300", "--out", out}, 1, {"none", "No such file"});
     failure({text, "--vocab-size", "300", "--out", tmp / "no" + "/t.json"}, 1, {"t.json", "cannot write"});
     CHECK_EQ(list_directory(tmp.path), std::vector<std::string>{"text"});
@@ -392,6 +397,7 @@ TEST_CASE("tokenizer: tokenizer.json is read back; what is not supported is name
     refused([&](Json* j) { model(j).set("ignore_merges", 1); }, {"model.ignore_merges is 1", "true or false"});
     refused([&](Json* j) { model(j).set("end_of_word_suffix", "</w>"); }, {"model.end_of_word_suffix", "</w>"});
     refused([&](Json* j) { model(j).set("surprise", 1); }, {"\"model.surprise\" is not supported"});
+    refused([&](Json* j) { j->set("version", "2.0"); }, {"version is \"2.0\"", "supported: \"1.0\""});
     refused([&](Json* j) { j->set("surprise", 1); }, {"\"surprise\" is not supported"});
     refused([&](Json* j) { j->set("truncation", parsed("{\"max_length\":3}")); }, {"truncation"});
     refused([&](Json* j) { j->set("post_processor", parsed("{\"type\":\"TemplateProcessing\"}")); },
@@ -484,6 +490,11 @@ TEST_CASE("tokenizer program: encode and decode undo each other, mistakes get on
     CHECK_EQ(run_program("tokenizer", {"decode", "-"}, in).out, text);
     in.input = "1 x";
     CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"standard input: 'x' at byte 2"}), "");
+    in.input = "1 " + std::string(44, '0') + "65";
+    CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"'00000", "00...' at byte 2 is not a token id"}),
+             "");
+    in.input = std::string("65\0 66", 6);
+    CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"'65<00>' at byte 0"}), "");
     in.input = "256";
     CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"token id 256", "vocabulary of 256"}), "");
     CHECK_EQ(refusal(run_program("tokenizer", {"encdoe"}), 2, {"unknown command 'encdoe'", "'encode'"}), "");
