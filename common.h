@@ -463,12 +463,28 @@ class JsonParser {
     }
 
   private:
+    enum : size_t { longest_number = 512, most_values = size_t(1) << 24 };
+    struct Step {
+        const std::string* key;  // null: a place in a list
+        size_t index;
+    };
     const std::string& s;
     const std::string& where;
-    size_t i = 0;
+    size_t i = 0, values = 0;
+    std::vector<Step> path;  // from the document to the value at i
 
+    // "..., in model.vocab.a"; nothing at the top
+    std::string place() const {
+        std::string name;
+        for (const Step& p : path)
+            name += p.key ? (name.empty() ? "" : ".") + p.key->substr(0, 100) : "[" + std::to_string(p.index) + "]";
+        size_t cut = std::min<size_t>(name.size(), 80);
+        while (cut > 0 && cut < name.size() && (uint8_t(name[cut]) & 0xC0) == 0x80) --cut;
+        const std::string quoted = Json::quote(name.substr(0, cut));  // no control characters
+        return path.empty() ? "" : ", in " + quoted.substr(1, quoted.size() - 2) + (cut < name.size() ? "..." : "");
+    }
     [[noreturn]] void bad(const char* what) const {
-        fail("%s: not valid JSON at byte %zu: %s", where.c_str(), i, what);
+        fail("%s: not valid JSON at byte %zu%s: %s", where.c_str(), i, place().c_str(), what);
     }
     void blank() {
         while (i < s.size() && (s[i] == ' ' || s[i] == '\n' || s[i] == '\t' || s[i] == '\r')) ++i;
@@ -484,6 +500,7 @@ class JsonParser {
     }
     Json value(int depth) {
         if (depth > 64) bad("nested deeper than 64 levels");
+        if (++values > most_values) bad("more than 16,777,216 values");
         blank();
         if (i >= s.size()) bad("unexpected end");
         switch (s[i]) {
@@ -502,7 +519,9 @@ class JsonParser {
         blank();
         if (take(']')) return j;
         for (;;) {
+            path.push_back({nullptr, j.items.size()});
             j.items.push_back(value(depth + 1));
+            path.pop_back();
             blank();
             if (take(']')) return j;
             if (!take(',')) bad("expected ',' or ']'");
@@ -521,7 +540,9 @@ class JsonParser {
             if (!seen.insert(key).second) bad("the same key twice");
             blank();
             if (!take(':')) bad("expected ':'");
+            path.push_back({&key, 0});
             Json v = value(depth + 1);
+            path.pop_back();
             j.keys.emplace_back(std::move(key), std::move(v));
             blank();
             if (take('}')) return j;
@@ -529,9 +550,10 @@ class JsonParser {
         }
     }
     bool digit() const { return i < s.size() && s[i] >= '0' && s[i] <= '9'; }
-    void digits() {
+    void digits(size_t from) {  // of the number that begins there
         if (!digit()) bad("expected a digit");
-        while (digit()) ++i;
+        for (; digit(); ++i)
+            if (i - from >= longest_number) bad("a number of more than 512 characters");
     }
     Json number() {
         const size_t from = i;
@@ -540,15 +562,14 @@ class JsonParser {
         if (take('0')) {
             if (digit()) bad("a number must not begin with 0");
         } else {
-            digits();
+            digits(from);
         }
-        if (take('.')) digits();
+        if (take('.')) digits(from);
         if (i < s.size() && (s[i] == 'e' || s[i] == 'E')) {
             ++i;
             if (!take('+')) take('-');
-            digits();
+            digits(from);
         }
-        if (i - from > 512) bad("a number of more than 512 characters");
         Json j(0);
         j.text = s.substr(from, i - from);
         j.number = strtod(j.text.c_str(), nullptr);
@@ -695,21 +716,25 @@ inline bool file_exists(const std::string& path) {
     return stat(path.c_str(), &st) == 0;
 }
 
-// All bytes of an open stream; `name` is for the message.
-inline std::string read_stream(FILE* f, const std::string& name) {
+// All bytes of an open stream, at most `most`; `name` is for the message.
+inline std::string read_stream(FILE* f, const std::string& name, size_t most = SIZE_MAX) {
     std::string data;
     char buffer[1 << 16];
-    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) data.append(buffer, n);
+    for (size_t n; (n = fread(buffer, 1, sizeof buffer, f)) > 0;) {
+        if (n > most - data.size())
+            fail("%s: larger than %s, the most supported", name.c_str(), byte_text(double(most)).c_str());
+        data.append(buffer, n);
+    }
     if (ferror(f)) fail("%s: cannot read: %s", name.c_str(), strerror(errno));
     return data;
 }
 // The whole file (or pipe) as bytes.
-inline std::string read_file(const std::string& path) {
+inline std::string read_file(const std::string& path, size_t most = SIZE_MAX) {
     if (is_directory(path)) fail("%s: is a directory, expected a file", path.c_str());
     FILE* f = fopen(path.c_str(), "rb");
     if (!f) fail("%s: cannot read: %s", path.c_str(), strerror(errno));
     const std::unique_ptr<FILE, int (*)(FILE*)> closer(f, fclose);
-    return read_stream(f, path);
+    return read_stream(f, path, most);
 }
 // The same where "-" means standard input.
 inline std::string read_input(const std::string& path) {
@@ -780,8 +805,24 @@ inline std::string parent_directory(const std::string& path) {
     return slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
 }
 
-// Replaces a file so that a reader, or a kill at any instant, sees the old or the new contents, never a mixture.
-inline void replace_file(const std::string& path, const std::string& data) {
+// Do two paths lead to one regular file?
+inline bool same_file(const std::string& a, const std::string& b) {
+    struct stat x, y;
+    return stat(a.c_str(), &x) == 0 && stat(b.c_str(), &y) == 0 && S_ISREG(x.st_mode) && x.st_dev == y.st_dev &&
+           x.st_ino == y.st_ino;
+}
+
+// Replaces a file so that a reader, or a kill at any instant, sees the old or the new contents, never a mixture. A link
+// stays one; a device or a pipe, which a rename would replace by a file, is written to.
+inline void replace_file(const std::string& name, const std::string& data) {
+    struct stat st;
+    const bool exists = stat(name.c_str(), &st) == 0;
+    if (exists && !S_ISREG(st.st_mode)) {
+        write_file(name, data);
+        return;
+    }
+    const std::unique_ptr<char, void (*)(void*)> target(exists ? realpath(name.c_str(), nullptr) : nullptr, free);
+    const std::string path = target ? target.get() : name;
     write_file(path + ".tmp", data);
     if (rename((path + ".tmp").c_str(), path.c_str()) != 0) {
         const int e = errno;

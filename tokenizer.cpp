@@ -37,25 +37,30 @@ uint32_t table_number(const char** p) {
     }
 }
 
-// The class of every code point.
-const std::vector<uint8_t>& char_classes() {
-    static const std::vector<uint8_t> classes = [] {
-        std::vector<uint8_t> c(0x110000, Other);
+// The class of every code point, and whether it is in \w, a character of a word.
+struct CharTables {
+    std::vector<uint8_t> classes = std::vector<uint8_t>(0x110000, Other);
+    std::vector<bool> in_word = std::vector<bool>(0x110000, false);
+    CharTables() {
         size_t at = 0;
         for (const char* p = unicode_classes; *p;) {
             at += table_number(&p);
-            const uint32_t run = table_number(&p);
-            memset(&c[at], run & 1 ? Number : Letter, run / 2);
-            at += run / 2;
+            const uint32_t run = table_number(&p), kind = run % 4;
+            for (const size_t end = at + run / 4; at < end; ++at) {
+                classes[at] = kind == 0 ? Letter : kind < 3 ? Number : Other;
+                in_word[at] = kind != 2;
+            }
         }
         for (uint32_t s : {0x09u, 0x0Au, 0x0Bu, 0x0Cu, 0x0Du, 0x20u, 0x85u, 0xA0u, 0x1680u, 0x2028u, 0x2029u, 0x202Fu,
                            0x205Fu, 0x3000u})
-            c[s] = Space;
-        for (uint32_t s = 0x2000; s <= 0x200A; ++s) c[s] = Space;
-        return c;
-    }();
-    return classes;
-}
+            classes[s] = Space;
+        for (uint32_t s = 0x2000; s <= 0x200A; ++s) classes[s] = Space;
+    }
+    static const CharTables& get() {
+        static const CharTables tables;
+        return tables;
+    }
+};
 
 // The code point of a whole valid UTF-8 sequence of n bytes.
 uint32_t code_point(const char* s, int n) {
@@ -188,23 +193,27 @@ std::vector<std::string> byte_alphabet() {
     return characters;
 }
 
-// The bytes that a token of tokenizer.json stands for. One that is not written in the byte alphabet stands for itself.
-std::string bytes_of_token(const std::string& token) {
+// Is a token of tokenizer.json written in the byte alphabet? Its bytes then go to *bytes.
+bool in_byte_alphabet(const std::string& token, std::string* bytes) {
     static const std::vector<int> byte_of = [] {
-        std::vector<int> bytes(0x200, -1);
+        std::vector<int> of(0x200, -1);
         const std::vector<uint32_t> codes = byte_code_points();
-        for (size_t b = 0; b < 256; ++b) bytes[codes[b]] = int(b);
-        return bytes;
+        for (size_t b = 0; b < 256; ++b) of[codes[b]] = int(b);
+        return of;
     }();
-    std::string out;
     for (size_t i = 0; i < token.size();) {
         const int n = utf8_sequence(token.data() + i, token.size() - i);
         const uint32_t c = n > 0 ? code_point(&token[i], n) : UINT32_MAX;
-        if (c >= byte_of.size() || byte_of[c] < 0) return token;
-        out += char(uint8_t(byte_of[c]));
+        if (c >= byte_of.size() || byte_of[c] < 0) return false;
+        *bytes += char(uint8_t(byte_of[c]));
         i += size_t(n);
     }
-    return out;
+    return true;
+}
+// The bytes that it stands for: one that is not written in the byte alphabet stands for itself.
+std::string bytes_of_token(const std::string& token) {
+    std::string bytes;
+    return in_byte_alphabet(token, &bytes) ? bytes : token;
 }
 
 }  // namespace
@@ -232,7 +241,8 @@ const PatternName patterns[] = {
 
 class Splitter {
   public:
-    Splitter(Pattern p, const char* text, size_t size) : pattern(p), s(text), n(size), classes(char_classes().data()) {}
+    Splitter(Pattern p, const char* text, size_t size)
+        : pattern(p), s(text), n(size), classes(CharTables::get().classes.data()) {}
 
     // The end of the pre-token that begins at i < size.
     size_t piece_end(size_t i) const {
@@ -405,47 +415,118 @@ class PairMap {
 struct AddedToken {
     int32_t id;
     std::string content;
-    bool special, normalized;  // normalized: it is looked for after the normaliser
+    bool special, normalized;             // normalized: it is looked for after the normaliser
+    bool single_word = false;             // not found beside a character of a word (\w)
+    bool lstrip = false, rstrip = false;  // takes the white space before it, after it
 };
 
-// Finds added tokens in a text, the longest at the leftmost place: a trie of their bytes.
+// Finds added tokens in a text, the longest at the leftmost place. A text is read from its end through a trie of the
+// tokens written backwards: what ends in the node reached at byte i begins in the text at i. Where the trie has no child
+// for a byte, `fail` leads to the node of the longest shorter text that it has, so that no text takes more than linear
+// time (the automaton of Aho and Corasick).
 class AddedTokens {
   public:
-    void add(const std::string& content, int32_t id) {
-        begins[uint8_t(content[0])] = true;
-        int32_t node = 0;
-        for (const char c : content) {
-            int32_t& next = children(node, uint8_t(c));
-            if (next < 0) {
-                next = int32_t(id_at.size());
-                id_at.push_back(-1);
+    void add(const std::string& content, const AddedToken& token) {
+        int32_t at = 0;
+        for (size_t i = content.size(); i-- > 0;) {
+            const uint8_t byte = uint8_t(content[i]);
+            int32_t& child = children(at, byte);
+            if (child < 0) {
+                child = int32_t(nodes.size());
+                nodes.push_back({at, byte, nodes[size_t(at)].depth + 1, 0, -1});
             }
-            node = next;
+            at = child;
         }
-        if (id_at[size_t(node)] < 0) id_at[size_t(node)] = id;
+        nodes[size_t(at)].token = int32_t(tokens.size());
+        tokens.push_back(token);
+        lengths.push_back(content.size());
     }
-    // The first token in text[i..n): its begin, length and id; false if there is none.
-    bool find(const char* text, size_t n, size_t i, size_t* begin, size_t* length, int32_t* id) const {
-        if (id_at.size() == 1) return false;
-        for (; i < n; ++i) {
-            if (!begins[uint8_t(text[i])]) continue;
-            *length = 0;
-            int32_t node = 0;
-            for (size_t k = i; k < n && (node = children.find(node, uint8_t(text[k]))) >= 0; ++k)
-                if (id_at[size_t(node)] >= 0) {
-                    *length = k + 1 - i;
-                    *id = id_at[size_t(node)];
-                }
-            *begin = i;
-            if (*length) return true;
+    void finish() {  // after the last add()
+        std::vector<int32_t> order;
+        for (size_t i = 1; i < nodes.size(); ++i) order.push_back(int32_t(i));
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int32_t a, int32_t b) { return nodes[size_t(a)].depth < nodes[size_t(b)].depth; });
+        for (const int32_t i : order) {
+            Node& v = nodes[size_t(i)];
+            ends[v.byte] = ends[v.byte] || v.parent == 0;
+            v.fail = v.parent == 0 ? 0 : step(nodes[size_t(v.parent)].fail, v.byte);
+            if (v.token < 0) v.token = nodes[size_t(v.fail)].token;
         }
-        return false;
+    }
+    // The pieces of a text between the tokens go to piece(s, n), the ids of the tokens to found(id).
+    template <class Piece, class Found>
+    void split(const char* s, size_t n, const Piece& piece, const Found& found) const {
+        std::vector<std::pair<size_t, int32_t>> places;  // where tokens begin, from the last; the longest of each place
+        if (!tokens.empty()) {
+            int32_t at = 0;
+            for (size_t i = n; i > 0;) {
+                if (at == 0)
+                    while (i > 0 && !ends[uint8_t(s[i - 1])]) --i;
+                if (i == 0) break;
+                at = step(at, uint8_t(s[--i]));
+                if (nodes[size_t(at)].token >= 0) places.emplace_back(i, nodes[size_t(at)].token);
+            }
+        }
+        size_t from = 0, end = 0, blank = 0;  // from: what lies before it is done
+        for (; !places.empty(); places.pop_back()) {
+            if (places.back().first < end) continue;  // inside the token before it
+            const AddedToken& t = tokens[size_t(places.back().second)];
+            size_t begin = places.back().first;
+            end = begin + lengths[size_t(places.back().second)];
+            if (t.single_word && (in_word(s, n, begin, true) || in_word(s, n, end, false))) continue;
+            if (t.lstrip)
+                while (begin > from && is_space(s, n, begin, true)) begin -= length_beside(s, n, begin, true);
+            if (begin > from) piece(s + from, begin - from);
+            size_t after = end;
+            if (t.rstrip) {
+                after = std::max(end, blank);
+                while (is_space(s, n, after, false)) after += length_beside(s, n, after, false);
+                blank = after;  // how far white space was taken
+            }
+            // A token that is white space itself may begin in what the one before it took. As in Hugging Face's library
+            // it is found there all the same, and the text goes on behind it, unless lstrip leaves nothing of it.
+            if (!t.lstrip || after > from) found(t.id);
+            from = after;
+        }
+        if (n > from) piece(s + from, n - from);
     }
 
   private:
-    bool begins[256] = {};
-    PairMap children;                   // (node, byte) -> node; node 0 is the root
-    std::vector<int32_t> id_at = {-1};  // of the token that ends at a node
+    struct Node {
+        int32_t parent;
+        uint8_t byte;  // from the parent to this node
+        int32_t depth;
+        int32_t fail;
+        int32_t token;  // the longest that ends here; -1: none does
+    };
+    std::vector<Node> nodes = {{0, 0, 0, 0, -1}};  // node 0 is the root
+    PairMap children;                              // (node, byte) -> node
+    bool ends[256] = {};                           // bytes that tokens end with
+    std::vector<AddedToken> tokens;
+    std::vector<size_t> lengths;  // of the tokens in the text, which is normalised
+
+    int32_t step(int32_t at, uint8_t byte) const {
+        for (;; at = nodes[size_t(at)].fail) {
+            const int32_t child = children.find(at, byte);
+            if (child >= 0) return child;
+            if (at == 0) return 0;
+        }
+    }
+    // The character that ends (before) or begins at i: its length, 0 if there is none or it is not UTF-8.
+    static size_t length_beside(const char* s, size_t n, size_t i, bool before) {
+        if (!before) return size_t(std::max(utf8_sequence(s + i, n - i), 0));
+        for (size_t k = 1; k <= 4 && k <= i; ++k)
+            if (utf8_sequence(s + i - k, k) == int(k)) return k;
+        return 0;
+    }
+    static bool is_space(const char* s, size_t n, size_t i, bool before) {
+        const size_t k = length_beside(s, n, i, before);
+        return k && CharTables::get().classes[code_point(s + i - (before ? k : 0), int(k))] == Space;
+    }
+    static bool in_word(const char* s, size_t n, size_t i, bool before) {
+        const size_t k = length_beside(s, n, i, before);
+        return k && CharTables::get().in_word[code_point(s + i - (before ? k : 0), int(k))];
+    }
 };
 
 // Queues of (rank, position): pop() gives the lowest rank, and the lowest position of it; false if the queue is empty.
@@ -530,11 +611,13 @@ class Bpe : public Tokenizer {
 
     void index_added() {
         for (const AddedToken& a : added) {
-            if (a.normalized) after.add(nfc ? Nfc::get()(a.content) : a.content, a.id);
-            else before.add(a.content, a.id);
+            if (a.normalized) after.add(nfc ? Nfc::get()(a.content) : a.content, a);
+            else before.add(a.content, a);
             for (const char* end : {"<|endoftext|>", "<|end_of_text|>", "</s>"})
                 if (a.content == end && (end_id < 0 || end[1] == '|')) end_id = a.id;
         }
+        before.finish();
+        after.finish();
     }
 
     int64 vocab_size() const override { return int64(tokens.size()); }
@@ -549,28 +632,20 @@ class Bpe : public Tokenizer {
     std::vector<int32_t> encode(const std::string& text) const override {
         Encoder e(*this);
         e.ids.reserve(text.size() / 3);
-        each_part(before, text.data(), text.size(), &e, [&](const char* s, size_t n) {
-            if (nfc) {
-                e.normalised.push_back(Nfc::get()(std::string(s, n)));
-                s = e.normalised.back().data();
-                n = e.normalised.back().size();
-            }
-            each_part(after, s, n, &e, [&](const char* t, size_t m) { e.text(t, m); });
-        });
+        const auto found = [&](int32_t id) { e.ids.push_back(id); };
+        before.split(
+            text.data(), text.size(),
+            [&](const char* s, size_t n) {
+                if (nfc) {
+                    e.normalised.push_back(Nfc::get()(std::string(s, n)));
+                    s = e.normalised.back().data();
+                    n = e.normalised.back().size();
+                }
+                after.split(
+                    s, n, [&](const char* t, size_t m) { e.text(t, m); }, found);
+            },
+            found);
         return std::move(e.ids);
-    }
-
-    // The pieces of text between added tokens go to `body`, the ids of the tokens to the output.
-    template <class Encoder, class Body>
-    static void each_part(const AddedTokens& added_tokens, const char* s, size_t n, Encoder* e, const Body& body) {
-        size_t from = 0, begin, length;
-        int32_t id;
-        while (added_tokens.find(s, n, from, &begin, &length, &id)) {
-            if (begin > from) body(s + from, begin - from);
-            e->ids.push_back(id);
-            from = begin + length;
-        }
-        if (n > from) body(s + from, n - from);
     }
 
   private:
@@ -787,8 +862,8 @@ std::string shown(const Json& j) {
 // Reads the parts of a tokenizer.json; every refusal names the field.
 class TokenizerFile {
   public:
-    TokenizerFile(const std::string& path, const std::string& contents)
-        : file(path), text(contents), root(Json::parse(text, path)) {}
+    TokenizerFile(const std::string& path, std::string contents)
+        : file(path), text(std::move(contents)), root(Json::parse(text, path)) {}
 
     std::unique_ptr<Bpe> load() {
         if (root.type != Json::Object) fail("%s: expected a JSON object, found %s", file.c_str(), shown(root).c_str());
@@ -804,6 +879,9 @@ class TokenizerFile {
         only_keys(*model, "model.",
                   {"type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
                    "byte_fallback", "ignore_merges", "vocab", "merges"});
+        const Json* version = root.find("version");
+        if (version && !(version->type == Json::String && version->text == "1.0"))
+            unsupported("version", *version, "\"1.0\"");
         only_null(root, "", "truncation");
         only_null(root, "", "padding");
         read_normalizer();
@@ -830,13 +908,17 @@ class TokenizerFile {
         for (const AddedToken& a : bpe->added) bpe->tokens[size_t(a.id)] = a.content;
         bpe->index_added();
         if (bpe->ignore_merges)
-            for (const auto& t : ids) bpe->id_of[bytes_of_token(t.first)] = t.second;
-        bpe->file_text = text;
+            for (const auto& t : ids) {
+                std::string bytes;  // a token that is not written in the byte alphabet is never a pre-token
+                if (in_byte_alphabet(t.first, &bytes)) bpe->id_of[bytes] = t.second;
+            }
+        bpe->file_text = std::move(text);
         return std::move(bpe);
     }
 
   private:
-    const std::string file, text;
+    const std::string file;
+    std::string text;
     const Json root;
     std::unique_ptr<Bpe> bpe = std::make_unique<Bpe>();
     std::unordered_map<std::string, int32_t> ids;  // model.vocab
@@ -986,8 +1068,8 @@ class TokenizerFile {
                 b = m.items[1].text;
             }
             if (a.empty() || b.empty())
-                fail("%s: model.merges[%zu] is %s, expected two tokens: \"a b\" or [\"a\", \"b\"]", file.c_str(), i,
-                     shown(m).c_str());
+                fail("%s: model.merges[%zu] is %s, expected two tokens, neither empty: \"a b\" or [\"a\", \"b\"]",
+                     file.c_str(), i, shown(m).c_str());
             int32_t id[3];
             const std::string both = a + b, *const names_of[3] = {&a, &b, &both};
             for (int k = 0; k < 3; ++k) {
@@ -1008,6 +1090,12 @@ class TokenizerFile {
         if (list->type != Json::Array)
             fail("%s: added_tokens is %s, expected a list", file.c_str(), shown(*list).c_str());
         std::set<std::string> contents;
+        std::map<std::string, size_t> normalised;  // -> place in the list
+        std::vector<bool> made(size_t(most_tokens),
+                               bpe->ignore_merges);  // may text that is no added token get this id?
+        for (const int32_t id : bpe->byte_ids) made[size_t(id)] = true;
+        for (const int32_t id : bpe->merged) made[size_t(id)] = true;
+        int64 next_id = int64(ids.size());
         for (size_t i = 0; i < list->items.size(); ++i) {
             const Json& t = list->items[i];
             const std::string field = format("added_tokens[%zu]", i);
@@ -1022,25 +1110,40 @@ class TokenizerFile {
             if (!id) fail("%s: %s.id is missing", file.c_str(), field.c_str());
             if (!contents.insert(content->text).second)
                 fail("%s: %s.content: %s is there twice", file.c_str(), field.c_str(), shown(*content).c_str());
-            for (const char* key : {"single_word", "lstrip", "rstrip"})
-                if (flag(t, field + ".", key, false))
-                    fail("%s: %s.%s is true, which is not supported (supported: false)", file.c_str(), field.c_str(),
-                         key);
             AddedToken a;
             a.content = content->text;
             a.special = flag(t, field + ".", "special", false);
             a.normalized = flag(t, field + ".", "normalized", !a.special);
+            a.single_word = flag(t, field + ".", "single_word", false);
+            a.lstrip = flag(t, field + ".", "lstrip", false);
+            a.rstrip = flag(t, field + ".", "rstrip", false);
             take_id(field + ".id", a.content, *id, &a.id);
             const auto in_vocab = ids.find(a.content);
             if (in_vocab != ids.end() && in_vocab->second != a.id)
                 fail("%s: %s.id is %d, but model.vocab has %d for %s", file.c_str(), field.c_str(), a.id,
                      in_vocab->second, shown(*content).c_str());
+            // Hugging Face's library numbers the others itself.
+            if (in_vocab == ids.end() && a.id != next_id)
+                fail("%s: %s.id is %d, expected %lld: tokens that model.vocab lacks are numbered on from its size",
+                     file.c_str(), field.c_str(), a.id, (long long)next_id);
+            next_id = std::max(next_id, int64(a.id) + 1);
+            if (in_vocab != ids.end() && made[size_t(a.id)] && bytes_of_token(a.content) != a.content)
+                fail("%s: %s.content is %s, whose id other bytes have in model.vocab", file.c_str(), field.c_str(),
+                     shown(*content).c_str());
+            if (a.normalized && bpe->nfc) {
+                const auto twin = normalised.emplace(Nfc::get()(a.content), i);
+                if (!twin.second)
+                    fail("%s: %s.content is %s, which the normaliser makes equal to added_tokens[%zu].content",
+                         file.c_str(), field.c_str(), shown(*content).c_str(), twin.first->second);
+            }
             bpe->added.push_back(a);
         }
     }
 };
 
-std::unique_ptr<Bpe> load_bpe(const std::string& file) { return TokenizerFile(file, read_file(file)).load(); }
+std::unique_ptr<Bpe> load_bpe(const std::string& file) {
+    return TokenizerFile(file, read_file(file, size_t(1) << 30)).load();
+}
 
 std::unique_ptr<Bpe> byte_bpe() {
     return TokenizerFile("bytes", tokenizer_json(Pattern::None, 0, byte_alphabet(), {})).load();
@@ -1374,13 +1477,28 @@ void count_words(const std::string& file, const TrainOptions& o, bool lines, Wor
     add_lines(pending.data(), pending.size());
 }
 
+// Bytes for people: control characters and what is not UTF-8 as <0A>.
+std::string visible(const std::string& bytes) {
+    std::string out;
+    for (size_t i = 0; i < bytes.size();) {
+        const int n = utf8_sequence(bytes.data() + i, bytes.size() - i);
+        const uint32_t c = n > 0 ? code_point(&bytes[i], n) : 0;
+        if (c < 0x20 || (c >= 0x7F && c < 0xA0)) out += format("<%02X>", unsigned(uint8_t(bytes[i])));
+        else out.append(bytes, i, size_t(n));
+        if (c >= 0x7F && c < 0xA0) out += format("<%02X>", unsigned(uint8_t(bytes[i + 1])));
+        i += size_t(std::max(n, 1));
+    }
+    return out;
+}
+
 void check_special(const TrainOptions& o) {
     const std::vector<std::string> alphabet = byte_alphabet();
     std::set<std::string> seen;
     for (const std::string& s : o.special) {
         std::string pending;
+        const std::string name = visible(s);
         if (s.empty() || s.size() > 1024) usage_error("--special: a text of %zu bytes, expected 1 to 1024", s.size());
-        if (utf8_stream(&pending, s, true) != s) usage_error("--special: '%s' is not UTF-8", pending.c_str());
+        if (utf8_stream(&pending, s, true) != s) usage_error("--special: '%s' is not UTF-8", name.c_str());
         if (!seen.insert(s).second) usage_error("--special: '%s' is there twice", s.c_str());
         if (std::find(alphabet.begin(), alphabet.end(), s) != alphabet.end())
             usage_error("--special: '%s' is the name of a byte", s.c_str());
@@ -1453,10 +1571,10 @@ void decode_command(const Tokenizer& tokenizer, const std::string& file) {
     for (size_t at = text.find_first_not_of(blanks); at != std::string::npos;) {
         const size_t end = std::min(text.find_first_of(blanks, at), text.size());
         int64 id;
-        std::string pending, word = text.substr(at, std::min<size_t>(end - at, 40));
-        if (!parse_int(word, &id))
-            fail("%s: '%s' at byte %zu is not a token id", where.c_str(), utf8_stream(&pending, word, true).c_str(),
-                 at);
+        const std::string word = text.substr(at, std::min<size_t>(end - at, 40));
+        if (end - at > 40 || !parse_int(word, &id))
+            fail("%s: '%s%s' at byte %zu is not a token id", where.c_str(), visible(word).c_str(),
+                 end - at > 40 ? "..." : "", at);
         if (id < 0 || id >= tokenizer.vocab_size())
             fail("%s: token id %lld is outside the vocabulary of %lld", where.c_str(), (long long)id,
                  (long long)tokenizer.vocab_size());
@@ -1464,20 +1582,6 @@ void decode_command(const Tokenizer& tokenizer, const std::string& file) {
         at = text.find_first_not_of(blanks, end);
     }
     fwrite(out.data(), 1, out.size(), stdout);
-}
-
-// A token's bytes for people: control characters and what is not UTF-8 as <0A>.
-std::string visible(const std::string& bytes) {
-    std::string out;
-    for (size_t i = 0; i < bytes.size();) {
-        const int n = utf8_sequence(bytes.data() + i, bytes.size() - i);
-        const uint32_t c = n > 0 ? code_point(&bytes[i], n) : 0;
-        if (c < 0x20 || (c >= 0x7F && c < 0xA0)) out += format("<%02X>", unsigned(uint8_t(bytes[i])));
-        else out.append(bytes, i, size_t(n));
-        if (c >= 0x7F && c < 0xA0) out += format("<%02X>", unsigned(uint8_t(bytes[i + 1])));
-        i += size_t(std::max(n, 1));
-    }
-    return out;
 }
 
 void info_command(const Bpe& bpe, const std::string& choice, const std::vector<std::string>& files, int64 longest,
@@ -1553,6 +1657,10 @@ int tokenizer_main(int argc, char** argv) {
         }
     }
     if (!options.parse(argc, argv, 2, &words)) return 0;
+    if (out == "-") usage_error("--out: expected a file, found '-'");
+    for (const std::string& word : words)
+        if (!out.empty() && same_file(word, out))
+            usage_error("--out %s: is an input too, and would be lost", out.c_str());
     if (command == "train") {
         for (const PatternName& p : patterns)
             if (pattern == p.name) train.pattern = p.pattern;

@@ -55,12 +55,26 @@ def classes():
     sys.path.insert(0, ".")
     import unicodedata2 as u
     assert u.unidata_version == "16.0.0", u.unidata_version
-    kinds = bytes({"L": 1, "N": 2}.get(u.category(chr(c))[0], 0) for c in range(LAST))
+    # The letters of Other_Alphabetic that are no marks: circled and squared ones.
+    circled = [c for a, b in ((0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189))
+               for c in range(a, b + 1)]
+    kinds = bytearray(LAST)
+    for c in range(LAST):
+        category = u.category(chr(c))
+        if category[0] == "L":
+            kinds[c] = 1
+        elif category[0] == "N":
+            kinds[c] = 3 if category == "No" else 2
+        elif category[0] == "M" or category == "Pc" or c in (0x200C, 0x200D):
+            kinds[c] = 4
+    for c in circled:
+        kinds[c] = 4
     print("// unicode.h: the character tables of tokenizer.cpp, written by test/make_unicode.py, which explains them.")
     print("#pragma once\n")
     print(c_string("unicode_classes",
-                   ["Letters (general category L*) and numbers (N*) of Unicode 16.0: runs as gap, 2 * length + (number)."],
-                   [n for gap, length, k in runs(lambda c: kinds[c]) for n in (gap, 2 * length + (k == 2))]))
+                   ["Runs of Unicode 16.0 as gap, 4 * length + kind: 0 letters (general category L*), 1 numbers that are in \\w",
+                    "(Nd, Nl), 2 other numbers (No), 3 the rest of \\w (marks, Pc, joiners, circled letters)."],
+                   [n for gap, length, k in runs(lambda c: kinds[c]) for n in (gap, 4 * length + k - 1)]))
 
 
 def nfc():

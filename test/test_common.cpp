@@ -341,6 +341,14 @@ TEST_CASE("json: 64 levels are read, more are refused, however many") {
     for (const size_t n : {66, 1000000}) CHECK_ERROR(Json::parse(nested(n), "t"), "nested deeper than 64 levels");
 }
 
+TEST_CASE("files: a limit on what is read holds, for devices too") {
+    TempDir tmp;
+    put_file(tmp / "ten", "0123456789");
+    CHECK_EQ(read_file(tmp / "ten", 10), "0123456789");
+    CHECK_ERROR(read_file(tmp / "ten", 9), "ten: larger than 9 B");
+    CHECK_ERROR(read_file("/dev/zero", 1000000), "/dev/zero: larger than 1.0 MB");
+}
+
 TEST_CASE("json: no truncation and no changed byte of a document crashes the reader") {
     const std::string text = R"({"a":[1,-2.5e3,"\u00e9\ud83d\ude00é"],"b":{"c":null,"d":true}})";
     for (size_t n = 0; n < text.size(); ++n) CHECK_ERROR(Json::parse(text.substr(0, n), "t"), "not valid JSON");
@@ -381,6 +389,23 @@ TEST_CASE("files: a file that was not finished is removed, a replaced one leaves
     replace_file(tmp / "a", "two");
     CHECK_EQ(read_file(tmp / "a"), "two");
     CHECK_EQ(list_directory(tmp.path).size(), 1);
+    // A link stays a link, and a pipe (or a device) a pipe.
+    CHECK_EQ(symlink("a", (tmp / "link").c_str()), 0);
+    replace_file(tmp / "link", "three");
+    CHECK_EQ(read_file(tmp / "a"), "three");
+    CHECK_EQ(mkfifo((tmp / "pipe").c_str(), 0600), 0);
+    const int fd = open((tmp / "pipe").c_str(), O_RDWR);
+    replace_file(tmp / "pipe", "four");
+    char read_back[8] = {};
+    CHECK_EQ(read(fd, read_back, 7), 4);
+    close(fd);
+    CHECK_EQ(std::string(read_back), "four");
+    struct stat st;
+    CHECK(stat((tmp / "pipe").c_str(), &st) == 0);
+    CHECK(S_ISFIFO(st.st_mode));
+    CHECK_EQ(list_directory(tmp.path).size(), 3);
+    CHECK(same_file(tmp / "a", tmp / "link"));
+    CHECK_FALSE(same_file(tmp / "a", tmp / "none"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

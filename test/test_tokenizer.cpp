@@ -75,6 +75,54 @@ TEST_CASE("tokenizer: ids equal those of Hugging Face's library for GPT-2, GPT-N
     }
 }
 
+TEST_CASE("tokenizer: added tokens with every flag are found where Hugging Face's library finds them") {
+    TempDir tmp;
+    int64 cases = 0, with_blanks = 0;
+    for (const Json& set : cases_file().find("added")->items) {
+        Json t = *cases_file().find("tokenizers")->find("gpt2");
+        t.set("added_tokens", *set.find("added_tokens"));
+        t.set("normalizer", *set.find("normalizer"));
+        put_file(tmp / "t.json", t.dump());
+        const auto tokenizer = load_tokenizer(tmp / "t.json");
+        for (const Json& c : set.find("cases")->items) {
+            const std::vector<int32_t> ids = tokenizer->encode(c.find("text")->text);
+            CHECK_EQ(listed(ids), listed(numbers(*c.find("ids"))));
+            ++cases;
+            if (set.find("normalizer")->type == Json::Null && tokenizer->decode(ids) != c.find("text")->text)
+                ++with_blanks;
+        }
+    }
+    CHECK(cases > 500);
+    CHECK(with_blanks > 0);  // lstrip and rstrip drop white space
+}
+
+TEST_CASE("tokenizer: added tokens take linear time, and their white space ends at bytes that are not UTF-8") {
+    TempDir tmp;
+    const auto with = [&](const std::string& added) {
+        Json t = *cases_file().find("tokenizers")->find("gpt2");
+        t.set("added_tokens", Json::parse(added, "t"));
+        put_file(tmp / "t.json", t.dump());
+        return load_tokenizer(tmp / "t.json");
+    };
+    const auto t = with(R"([{"id":420,"content":"\n","lstrip":false,"rstrip":true,"special":true},
+                            {"id":421,"content":"<x>","lstrip":true,"rstrip":true,"special":true},
+                            {"id":422,"content":"<y>","single_word":true,"special":true}])");
+    std::string text;
+    for (int i = 0; i < 300000; ++i) text += i % 2 ? "\n" : " ";
+    const double start = wall_seconds();
+    CHECK_EQ(t->encode(text).size(), 150001);  // the first blank, and every newline
+    CHECK_EQ(t->encode(std::string(300000, ' ') + "<x>" + std::string(300000, ' ')).size(), 1);
+    // Neither does a long token of which each place of a text is a beginning.
+    const auto u = with(format(R"([{"id":420,"content":"%s","special":true},{"id":64,"content":"a","special":true}])",
+                               (std::string(1023, 'a') + "b").c_str()));
+    CHECK_EQ(u->encode(std::string(3000000, 'a')).size(), 3000000);
+    CHECK_EQ(listed(u->encode(std::string(1024, 'a') + "ba")), "64 420 64 ");
+    CHECK(wall_seconds() - start < 5);
+    CHECK_EQ(t->decode(t->encode("\xE3\x80<x>\xE3\x80\x80 \xE3\x80")), "\xE3\x80<x>\xE3\x80");
+    CHECK_EQ(t->encode("\xC3<y>\xA9")[1], 422);  // halves of a letter are no letters
+    CHECK(t->encode("\xC3\xA9<y>").back() != 422);
+}
+
 TEST_CASE("tokenizer: decode(encode(x)) == x for every byte string where there is no normaliser") {
     TempDir tmp;
     const Philox r(1, "tokenizer");
@@ -191,6 +239,11 @@ TEST_CASE("tokenizer train: mistakes get one line, and nothing is written") {
             {"--special: '<x>' is there twice"});
     failure({text, "--vocab-size", "300", "--out", out, "--special", "a"}, 2, {"'a' is the name of a byte"});
     failure({text, "--vocab-size", "300", "--out", out, "--pattern", "gpt3"}, 2, {"--pattern: 'gpt3'", "cl100k"});
+    failure({text, "--vocab-size", "300", "--out", out, "--special", "<\xFF>"}, 2,
+            {"--special: '<<FF>>' is not UTF-8"});
+    failure({text, "--vocab-size", "300", "--out", "-"}, 2, {"--out: expected a file, found '-'"});
+    failure({text, "--vocab-size", "300", "--out", tmp.path + "/./text"}, 2, {"/./text: is an input too"});
+    CHECK_EQ(read_file(text), "abc abc abc\n");
     failure({tmp / "none", "--vocab-size", "300", "--out", out}, 1, {"none", "No such file"});
     failure({text, "--vocab-size", "300", "--out", tmp / "no" + "/t.json"}, 1, {"t.json", "cannot write"});
     CHECK_EQ(list_directory(tmp.path), std::vector<std::string>{"text"});
@@ -239,6 +292,12 @@ TEST_CASE("tokenizer program: token files are those of llm.c, and bad ones are r
     // More than 65,536 ids: 32 bits a token.
     Json wide = Json::parse(read_file(tmp / "cl100k.json"), "t");
     wide.set("added_tokens", Json::parse(R"([{"id":70000,"content":"<|endoftext|>","special":true}])", "t"));
+    for (auto& k : wide.keys)
+        if (k.first == "model") {
+            Json vocab = *k.second.find("vocab");
+            vocab.set("<|endoftext|>", 70000);
+            k.second.set("vocab", vocab);
+        }
     put_file(tmp / "wide.json", wide.dump());
     CHECK_EQ(run_program("tokenizer", {"encode", "--tokenizer", tmp / "wide.json", "--out", file}, in).status, 0);
     memcpy(header, read_file(file).data(), 1024);
@@ -338,6 +397,7 @@ TEST_CASE("tokenizer: tokenizer.json is read back; what is not supported is name
     refused([&](Json* j) { model(j).set("ignore_merges", 1); }, {"model.ignore_merges is 1", "true or false"});
     refused([&](Json* j) { model(j).set("end_of_word_suffix", "</w>"); }, {"model.end_of_word_suffix", "</w>"});
     refused([&](Json* j) { model(j).set("surprise", 1); }, {"\"model.surprise\" is not supported"});
+    refused([&](Json* j) { j->set("version", "2.0"); }, {"version is \"2.0\"", "supported: \"1.0\""});
     refused([&](Json* j) { j->set("surprise", 1); }, {"\"surprise\" is not supported"});
     refused([&](Json* j) { j->set("truncation", parsed("{\"max_length\":3}")); }, {"truncation"});
     refused([&](Json* j) { j->set("post_processor", parsed("{\"type\":\"TemplateProcessing\"}")); },
@@ -350,7 +410,17 @@ TEST_CASE("tokenizer: tokenizer.json is read back; what is not supported is name
     refused(added(R"([{"id":65,"content":"xx"}])"), {"added_tokens[0].id is 65", "the id of \"A\" already"});
     refused(added(R"([{"id":300,"content":"A"}])"), {"added_tokens[0].id is 300", "model.vocab has 65 for \"A\""});
     refused(added(R"([{"id":256,"content":"xx"},{"id":257,"content":"xx"}])"), {"added_tokens[1].content", "twice"});
-    refused(added(R"([{"id":256,"content":"xx","lstrip":true}])"), {"added_tokens[0].lstrip is true"});
+    refused(added(R"([{"id":256,"content":"xx","lstrip":1}])"), {"added_tokens[0].lstrip is 1"});
+    refused(added(R"([{"id":256,"content":"xx"},{"id":300,"content":"yy"}])"),
+            {"added_tokens[1].id is 300, expected 257"});
+    // A token whose id would mean two texts: in the vocabulary, U+00E9 is the byte E9.
+    refused(added("[{\"id\":233,\"content\":\"\xC3\xA9\"}]"), {"added_tokens[0].content is", "other bytes"});
+    refused(
+        [&](Json* j) {
+            j->set("normalizer", parsed("{\"type\":\"NFC\"}"));
+            added("[{\"id\":256,\"content\":\"<\xC3\xA9>\"},{\"id\":257,\"content\":\"<e\xCC\x81>\"}]")(j);
+        },
+        {"added_tokens[1].content", "the normaliser makes equal to added_tokens[0].content"});
     refused(added(R"([{"id":256,"content":"xx","special":1}])"), {"added_tokens[0].special is 1"});
     const auto split = [&](const char* regex, const char* behavior, bool invert, bool use_regex) {
         return [=](Json* j) {
@@ -379,12 +449,35 @@ TEST_CASE("tokenizer: tokenizer.json is read back; what is not supported is name
     std::string deep(100000, '[');
     put_file(tmp / "bad.json", deep);
     CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "bad.json", "nested deeper");
-    put_file(tmp / "bad.json", "{\"model\":" + std::string(10000000, '9'));
-    CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "bad.json", "a number");
+    put_file(tmp / "bad.json", "{\"model\":{\"vocab\":{\"a\":" + std::string(10000000, '9'));
+    CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "bad.json", "in model.vocab.a: a number");
+    put_file(tmp / "bad.json", "{\"model\":{\"merges\":[[\"a\",\"b\"],[\"a\",!");
+    CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "bad.json", "in model.merges[1][1]: expected a value");
+    put_file(tmp / "bad.json", "{\"\\n\xC3\xA9" + std::string(1000, 'x') + "\":!}");
+    CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "in \\n\xC3\xA9xxxxx", "xxx...: expected a value");
     for (size_t n = 0; n + 2 < text.size(); n += 61) {
         put_file(tmp / "bad.json", text.substr(0, n));
         CHECK_ERROR(load_tokenizer(tmp / "bad.json"), "bad.json: not valid JSON");
     }
+}
+
+TEST_CASE("tokenizer: with ignore_merges only tokens in the byte alphabet are whole words") {
+    TempDir tmp;
+    Json t = Json::parse(make_byte_tokenizer()->json(), "t");
+    for (auto& k : t.keys)
+        if (k.first == "model") {
+            Json vocab = *k.second.find("vocab");
+            vocab.set("\xE2\x82\xAC", 256);              // the euro sign itself, which no text gives
+            vocab.set("\xC3\xA2\xC4\xA4\xC2\xAC", 257);  // its three bytes in the byte alphabet
+            vocab.set("\xD0\x9F", 258);
+            k.second.set("vocab", vocab);
+            k.second.set("ignore_merges", true);
+        }
+    put_file(tmp / "t.json", t.dump());
+    const auto tokenizer = load_tokenizer(tmp / "t.json");
+    CHECK_EQ(listed(tokenizer->encode("\xE2\x82\xAC")), "257 ");
+    CHECK_EQ(listed(tokenizer->encode("\xD0\x9F")), "208 159 ");
+    CHECK_EQ(tokenizer->bytes_of(256), "\xE2\x82\xAC");
 }
 
 TEST_CASE("tokenizer program: encode and decode undo each other, mistakes get one line") {
@@ -397,6 +490,11 @@ TEST_CASE("tokenizer program: encode and decode undo each other, mistakes get on
     CHECK_EQ(run_program("tokenizer", {"decode", "-"}, in).out, text);
     in.input = "1 x";
     CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"standard input: 'x' at byte 2"}), "");
+    in.input = "1 " + std::string(44, '0') + "65";
+    CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"'00000", "00...' at byte 2 is not a token id"}),
+             "");
+    in.input = std::string("65\0 66", 6);
+    CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"'65<00>' at byte 0"}), "");
     in.input = "256";
     CHECK_EQ(refusal(run_program("tokenizer", {"decode"}, in), 1, {"token id 256", "vocabulary of 256"}), "");
     CHECK_EQ(refusal(run_program("tokenizer", {"encdoe"}), 2, {"unknown command 'encdoe'", "'encode'"}), "");
