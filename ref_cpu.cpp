@@ -19,7 +19,7 @@
 //  13  the engine         Model<float> behind the interface of transxssm.h
 //  14  gradient check     every gradient above against central differences
 //  15  benchmark
-//  16  host side          what every engine shares: configuration, parameters, files, sampling, commands
+//  16  host side          what every engine shares: configuration, parameters, files, exchange, sampling, commands
 //  17  the oracle         every number of a pass, for other implementations
 //  18  compare            an oracle and a candidate
 //  19  main
@@ -2368,11 +2368,8 @@ Config Config::from_json(const Json& j, const std::string& where) {
     in.read("hidden_dropout", &c.dropout);
     in.read("tie_word_embeddings", &c.tie);
 
-    bool bias = false;
+    bool bias = false;  // the published code's biases: load_weights asks that all but that of dt_proj are zero
     in.read("hidden_bias", &bias);
-    if (bias)
-        fail("%shidden_bias is true, but this program has no biases other than dt_bias: only false is supported",
-             prefix(where).c_str());
     in.read("hidden_act", &act);
     if (act != "silu" && act != "swish")
         fail("%shidden_act is %s, supported is \"silu\"", prefix(where).c_str(), Json::quote(act).c_str());
@@ -2606,10 +2603,41 @@ Config load_config(const std::string& dir) {
 
 namespace {
 
+// The name of a parameter in files of the published code: A is there in place of A_log, and dt's bias is its projection's.
+std::string published_name(const ParamSpec& s) {
+    const std::string ssd = s.name.substr(0, s.name.rfind('.'));
+    return s.param == Param::A_log ? ssd + ".A" : s.param == Param::dt_bias ? ssd + ".dt_proj.bias" : s.name;
+}
+
+// Where hidden_bias is true, each weight of a layer has a bias (out) there, which has no counterpart here: it must be
+// zero. "" if this parameter has none. That of dt_proj is dt_bias, a parameter of its own.
+std::string published_bias(const ParamSpec& s) {
+    const bool has = s.layer >= 0 && s.shape.size() == 2 && s.param != Param::dt_proj;
+    return has ? s.name.substr(0, s.name.rfind('.')) + ".bias" : "";
+}
+
+// DIR/model.safetensors. Other forms in which Hugging Face's tools write weights are told by their names.
+std::string weight_file(const std::string& dir) {
+    const std::string file = dir + "/model.safetensors";
+    if (file_exists(file)) return file;
+    for (const char* name : {"/pytorch_model.bin", "/pytorch_model.bin.index.json"})
+        if (file_exists(dir + name))
+            fail(
+                "%s%s: weights as a Python pickle are not read; convert them to model.safetensors (save_pretrained with "
+                "safe_serialization=True)",
+                dir.c_str(), name);
+    if (file_exists(file + ".index.json"))
+        fail(
+            "%s.index.json: weights in several files are not read; join them in one model.safetensors "
+            "(save_pretrained with a greater max_shard_size)",
+            file.c_str());
+    return file;  // opening it says what is wrong
+}
+
 // model.safetensors against the parameter table: every tensor is asked for once, and none may be left over.
 class WeightFile {
   public:
-    WeightFile(const std::string& dir, const Config& c) : config(c), file(dir + "/model.safetensors") {}
+    WeightFile(const std::string& dir, const Config& c) : config(c), file(weight_file(dir)) {}
 
     std::vector<float> load() {
         // Sizes are compared before memory is asked for: config.json may hold anything.
@@ -2631,6 +2659,7 @@ class WeightFile {
             }
         }
         if (config.tie) check_tied_head(w.data() + table.offset(Param::word_embed));
+        for (const ParamSpec& s : table.specs) check_published_bias(s);
         for (const SafeTensors::Entry& e : file.entries)
             if (!taken.count(e.name))
                 fail("%s: tensor '%s' %s is not part of the model that config.json describes", path(), e.name.c_str(),
@@ -2654,20 +2683,16 @@ class WeightFile {
             fail("%s: tensor '%s' has shape %s, config.json asks for %s", path(), e.name.c_str(),
                  to_text(e.shape).c_str(), to_text(expected).c_str());
     }
-    // The published code has no dt_bias of its own (none, or the bias of dt_proj), and A where we have A_log.
+    // The published code has A where we have A_log, and no dt_bias but the bias of dt_proj, or none, which means 0.
     bool read_published_form(const ParamSpec& s, float* to) {
-        const std::string ssd = s.name.substr(0, s.name.rfind('.'));
+        if (s.param != Param::dt_bias && s.param != Param::A_log) return false;
+        const SafeTensors::Entry* e = take(published_name(s));
+        if (!e) return s.param == Param::dt_bias;
+        check_shape(*e, s.shape);
         if (s.param == Param::dt_bias) {
-            if (const SafeTensors::Entry* e = take(ssd + ".dt_proj.bias")) {
-                check_shape(*e, s.shape);
-                file.read(*e, to);
-            }
+            file.read(*e, to);
             return true;
         }
-        if (s.param != Param::A_log) return false;
-        const SafeTensors::Entry* e = take(ssd + ".A");
-        if (!e) return false;
-        check_shape(*e, s.shape);
         std::vector<double> A(size_t(s.count));
         file.read(*e, A.data());
         for (size_t h = 0; h < A.size(); ++h) {
@@ -2680,6 +2705,17 @@ class WeightFile {
             to[h] = float(std::log(-A[h]));
         }
         return true;
+    }
+    void check_published_bias(const ParamSpec& s) {
+        const SafeTensors::Entry* e = take(published_bias(s));
+        if (!e) return;
+        check_shape(*e, {s.shape[0]});
+        std::vector<float> bias(size_t(s.shape[0]));
+        file.read(*e, bias.data());
+        for (size_t i = 0; i < bias.size(); ++i)
+            if (bias[i] != 0)
+                fail("%s: tensor '%s': element %zu is %g, expected 0: this program has no bias other than dt_bias",
+                     path(), e->name.c_str(), i, double(bias[i]));
     }
     // Some writers store a tied head as well.
     void check_tied_head(const float* embed) {
@@ -2701,15 +2737,142 @@ class WeightFile {
 
 std::vector<float> load_weights(const std::string& dir, const Config& config) { return WeightFile(dir, config).load(); }
 
+static void write_model(const std::string& dir, const Json& config, const std::vector<TensorView>& tensors,
+                        const Tokenizer& tokenizer) {
+    write_safetensors(dir + "/model.safetensors", tensors,
+                      {{"format", "pt"}});  // Hugging Face's readers ask for the format
+    write_file(dir + "/config.json", config.dump() + "\n");
+    write_file(dir + "/tokenizer.json", tokenizer.json());
+    sync_directory(dir);
+}
+
 void save_model(const std::string& dir, const Config& config, const float* weights, const Tokenizer& tokenizer) {
     const ParamTable table(config);
     std::vector<TensorView> tensors;
     for (const ParamSpec& s : table.specs) tensors.push_back({s.name, DType::F32, s.shape, weights + s.offset});
-    write_safetensors(dir + "/model.safetensors", tensors,
-                      {{"format", "pt"}});  // Hugging Face's readers ask for the format
-    write_file(dir + "/config.json", config.to_json().dump() + "\n");
-    write_file(dir + "/tokenizer.json", tokenizer.json());
-    sync_directory(dir);
+    write_model(dir, config.to_json(), tensors, tokenizer);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Exchange with the published PyTorch module
+// ---------------------------------------------------------------------------------------------------------------------
+// Its files have our names but for A and the bias of dt (published_name), and load_weights reads both. What it has no
+// place for is refused (docs/format.md).
+
+namespace {
+
+bool has_ssd_layer(const Config& c) {
+    for (int64 i = 0; i < c.L; ++i)
+        if (!c.is_attention(i)) return true;
+    return false;
+}
+
+Json published_config(const Config& c, const std::string& file) {
+    Json j = c.to_json();
+    if (has_ssd_layer(c)) {
+        if (c.N != c.P())
+            fail(
+                "%s: ssd_state_size is %lld, but the published module has no state size other than hidden_size / "
+                "num_attention_heads, here %lld",
+                file.c_str(), (long long)c.N, (long long)c.P());
+        if (!c.ssd_decay)
+            fail("%s: ssd_decay is false, but the published module has no such setting: its state always decays",
+                 file.c_str());
+        j.set("hidden_bias", true);  // dt_bias needs it
+    }
+    if (c.attn_period == 0) {  // i % 0 is an error there; no layer i < L has i % (L+1) = L
+        j.set("attn_layer_period", c.L + 1);
+        j.set("attn_layer_offset", c.L);
+    }
+    return j;
+}
+
+// A = -exp(A_log), which load_weights turns back.
+std::vector<float> published_A(const float* A_log, const ParamSpec& s, const std::string& file) {
+    std::vector<float> A(size_t(s.count));
+    for (size_t h = 0; h < A.size(); ++h) {
+        A[h] = float(-std::exp(double(A_log[h])));
+        if (!(A[h] <= -std::numeric_limits<float>::min() && std::isfinite(A[h])))
+            fail("%s: tensor '%s': element %zu is %g, and -exp of it is out of the range of float32", file.c_str(),
+                 s.name.c_str(), h, double(A_log[h]));
+    }
+    return A;
+}
+
+// A name for a directory that is not there yet.
+std::string new_directory(const std::string& given) {
+    const std::string out = strip_slashes(given);
+    struct stat st;
+    if (out.empty()) fail("OUT is empty, expected the name of a directory to make");
+    if (lstat(out.c_str(), &st) == 0) fail("%s: exists already; choose another name", out.c_str());
+    return out;
+}
+
+// Writes a model into OUT.tmp and renames that to OUT, so that OUT is whole whenever it is there.
+void write_new_directory(const std::string& out, const std::function<void(const std::string& tmp)>& write) {
+    const std::string tmp = out + ".tmp";
+    if (mkdir(tmp.c_str(), 0777) != 0)
+        fail("%s: cannot create directory: %s%s", tmp.c_str(), strerror(errno),
+             errno == EEXIST ? "; if a program that was killed has left it, remove it" : "");
+    const auto remove = [&] {
+        for (const char* name : {"/model.safetensors", "/config.json", "/tokenizer.json"}) unlink((tmp + name).c_str());
+        rmdir(tmp.c_str());
+    };
+    try {
+        write(tmp);
+    } catch (...) {
+        remove();
+        throw;
+    }
+    if (rename(tmp.c_str(), out.c_str()) != 0) {
+        const int e = errno;
+        remove();
+        fail("%s: cannot rename from %s: %s", out.c_str(), tmp.c_str(), strerror(e));
+    }
+    sync_directory(parent_directory(out));
+}
+
+}  // namespace
+
+void export_model(const std::string& given, const std::string& given_out) {
+    const std::string out = new_directory(given_out), dir = resolve_checkpoint(given);
+    const Config c = load_config(dir);
+    const Json config = published_config(c, dir + "/config.json");
+    const std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(dir + "/tokenizer.json");
+    const std::vector<float> weights = load_weights(dir, c);
+    const ParamTable table(c);
+    const bool biases = has_ssd_layer(c);
+    std::vector<TensorView> tensors;
+    std::vector<std::vector<float>> made;  // tensors that are not among our weights as they are
+    for (const ParamSpec& s : table.specs) {
+        const float* data = weights.data() + s.offset;
+        if (s.param == Param::A_log) {
+            made.push_back(published_A(data, s, dir + "/model.safetensors"));
+            data = made.back().data();
+        }
+        tensors.push_back({published_name(s), DType::F32, s.shape, data});
+        if (biases && !published_bias(s).empty()) {
+            made.emplace_back(size_t(s.shape[0]), 0.0f);
+            tensors.push_back({published_bias(s), DType::F32, {s.shape[0]}, made.back().data()});
+        }
+    }
+    write_new_directory(out, [&](const std::string& tmp) { write_model(tmp, config, tensors, *tokenizer); });
+}
+
+void import_model(const std::string& given, const std::string& given_out) {
+    const std::string out = new_directory(given_out), dir = resolve_checkpoint(given), file = dir + "/tokenizer.json";
+    Config c = load_config(dir);
+    const bool bytes = !file_exists(file);  // the published code says nothing of tokenizers
+    if (bytes && c.V != 256)
+        fail("%s: is missing; only vocab_size 256 can be taken as bytes, config.json has %lld", file.c_str(),
+             (long long)c.V);
+    const std::unique_ptr<Tokenizer> tokenizer = bytes ? make_byte_tokenizer() : load_tokenizer(file);
+    if (tokenizer->vocab_size() > c.V)
+        fail("%s: %lld tokens, but the model's vocabulary is %lld", file.c_str(), (long long)tokenizer->vocab_size(),
+             (long long)c.V);
+    const std::vector<float> weights = load_weights(dir, c);
+    if (c.attn_period == c.L + 1 && c.attn_offset == c.L) c.attn_period = c.attn_offset = 0;  // as export wrote it
+    write_new_directory(out, [&](const std::string& tmp) { save_model(tmp, c, weights.data(), *tokenizer); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2923,7 +3086,7 @@ std::string describe(const Config& c, int64 B, int64 T) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Commands: sample, eval, info
+// Commands: sample, eval, info, export, import
 // ---------------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -2936,7 +3099,11 @@ struct LoadedModel {
 
     explicit LoadedModel(const std::string& given) : dir(resolve_checkpoint(given)) {
         config = load_config(dir);
-        tokenizer = load_tokenizer(dir + "/tokenizer.json");
+        const std::string file = dir + "/tokenizer.json";
+        if (!file_exists(file))
+            fail("%s: is missing%s", file.c_str(),
+                 config.V == 256 ? "; if tokens are bytes, `ref_cpu import` makes a checkpoint that has one" : "");
+        tokenizer = load_tokenizer(file);
         weights = load_weights(dir, config);
     }
     std::unique_ptr<Engine> start(const EngineFactory& factory) {
@@ -3113,6 +3280,28 @@ int info_command(const std::string& program, int argc, char** argv) {
     return 0;
 }
 
+int exchange_command(const std::string& program, int argc, char** argv) {
+    const std::string command = argv[0];
+    const bool exporting = command == "export";
+    std::vector<std::string> words;
+    Options options(
+        program,
+        "usage: " + program + " " + command + " DIR OUT\n\n" +
+            (exporting ? "Writes the model in DIR to the new directory OUT, for the published PyTorch module."
+                       : "Makes the new directory OUT, a checkpoint, of the published PyTorch module's files in DIR."));
+    if (!options.parse(argc, argv, 1, &words)) return 0;
+    if (words.size() != 2)
+        usage_error("%s: expected two words, DIR (the model) and OUT (a new directory), found %zu", command.c_str(),
+                    words.size());
+    (exporting ? export_model : import_model)(words[0], words[1]);
+    const bool bytes = !file_exists(resolve_checkpoint(words[0]) + "/tokenizer.json");
+    printf("%s is %s\n", words[1].c_str(),
+           exporting ? "for the published PyTorch module"
+           : bytes   ? "a checkpoint; there was no tokenizer.json: its tokens are bytes"
+                     : "a checkpoint");
+    return 0;
+}
+
 }  // namespace
 
 int model_command(const std::string& program, int argc, char** argv, const EngineFactory& factory,
@@ -3121,7 +3310,8 @@ int model_command(const std::string& program, int argc, char** argv, const Engin
     if (command == "sample") return sample_command(program, argc, argv, factory);
     if (command == "eval") return eval_command(program, argc, argv, factory);
     if (command == "info") return info_command(program, argc, argv);
-    std::vector<std::string> known = {"sample", "eval", "info"};
+    if (command == "export" || command == "import") return exchange_command(program, argc, argv);
+    std::vector<std::string> known = {"sample", "eval", "info", "export", "import"};
     known.insert(known.end(), other_commands.begin(), other_commands.end());
     usage_error("unknown command '%s'; did you mean '%s'?", command.c_str(), nearest_word(command, known).c_str());
 }
@@ -3129,7 +3319,9 @@ int model_command(const std::string& program, int argc, char** argv, const Engin
 const char* model_command_help() {
     return "    sample DIR            continue a prompt with the model in DIR\n"
            "    eval DIR --data FILE  loss, perplexity and bits per byte on a text\n"
-           "    info DIR              layers, parameters, training state\n";
+           "    info DIR              layers, parameters, training state\n"
+           "    export DIR OUT        write the model in DIR for the published PyTorch module\n"
+           "    import DIR OUT        make a checkpoint of the published PyTorch module's files in DIR\n";
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -224,6 +224,9 @@ std::string strip_slashes(std::string path);     // without those at the end
 Config load_config(const std::string& dir);
 std::vector<float> load_weights(const std::string& dir, const Config&);  // checks names, shapes, finiteness
 void save_model(const std::string& dir, const Config&, const float* weights, const Tokenizer&);
+// To and from files of the published PyTorch module (docs/format.md). OUT must not exist; it is made whole or not at all.
+void export_model(const std::string& dir, const std::string& out);
+void import_model(const std::string& dir, const std::string& out);
 
 struct Sampler {
     double temperature = 0.8;  // 0: greedy
@@ -254,7 +257,7 @@ Evaluation evaluate(Engine&, const Tokenizer&, const std::vector<int32_t>& token
 // "layer 0-6 ssd, 7 attention", parameters, memory: what `info` and `--dry-run` print. B = T = 0 leaves memory out.
 std::string describe(const Config&, int64 B, int64 T);
 
-// The commands `sample`, `eval` and `info` of ref_cpu and transxssm, on any engine. argv[0] is the command.
+// The commands `sample`, `eval`, `info`, `export` and `import` of ref_cpu and transxssm, on any engine. argv[0] is the command.
 using EngineFactory = std::function<std::unique_ptr<Engine>(const Config&)>;
 int model_command(const std::string& program, int argc, char** argv, const EngineFactory&,
                   const std::vector<std::string>& other_commands = {});  // the program's own, for "did you mean"

@@ -886,7 +886,6 @@ TEST_CASE("config: json of the wrong type, and what has no counterpart here, are
     for (const char* key : {"tie_word_embeddings", "ssd_decay", "hidden_bias"})
         refused(key, "1", {key, "expected true or false"});
     refused("model_type", "\"llama\"", {"model_type is \"llama\"", "TransXSSM"});
-    refused("hidden_bias", "true", {"hidden_bias is true"});
     refused("hidden_act", "\"gelu\"", {"hidden_act is \"gelu\"", "silu"});
     refused("attention_dropout", "0.1", {"attention_dropout is 0.1"});
     refused("dynamic_mask_ratio", "0.5", {"dynamic_mask_ratio is 0.5"});
