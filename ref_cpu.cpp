@@ -4,7 +4,7 @@
 // the numbered steps of the forward in reverse and quotes each. All are templates on the number type T: float trains,
 // double is the truth for the gradient check and the oracle.
 //
-//   1  small helpers      fused multiply-add, exp, dot product, sum
+//   1  small helpers      fused multiply-add, exp, vector registers, dot product, sum, maximum
 //   2  matmul             the one fast loop nest; every linear layer and every SSD chunk goes through it
 //   3  embedding
 //   4  RMSNorm
@@ -31,6 +31,10 @@
 
 #include <chrono>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "transxssm.h"
 
 #ifdef _OPENMP
@@ -46,14 +50,14 @@ namespace ref {
 // a*b + c with one rounding where the machine does that in one instruction; else the plain expression, since the
 // library's emulation would be a hundred times slower.
 static inline float fmadd(float a, float b, float c) {
-#ifdef FP_FAST_FMAF
+#if defined(FP_FAST_FMAF) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;
 #endif
 }
 static inline double fmadd(double a, double b, double c) {
-#ifdef FP_FAST_FMA
+#if defined(FP_FAST_FMA) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fma(a, b, c);
 #else
     return a * b + c;
@@ -84,22 +88,73 @@ static inline float exp_(float x) {
 }
 static inline double exp_(double x) { return std::exp(x); }
 
+// One vector register. A compiler vectorises loops over a plain array, but may leave that array in memory; values of this
+// type stay in registers, even in small arrays, if the loops over them are unrolled and nothing takes their address.
+#if defined(__AVX512F__)
+static constexpr int64 kVectorBytes = 64;
+#elif defined(__AVX__)
+static constexpr int64 kVectorBytes = 32;
+#else
+static constexpr int64 kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Vector {
+    static constexpr int64 W = kVectorBytes / sizeof(T);
+    typedef T Type __attribute__((vector_size(kVectorBytes)));
+
+    static Type load(const T* p) {
+        Type v;
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static void store(T* p, Type v) { memcpy(p, &v, sizeof v); }
+};
+
+// x * b + c, element by element. Instructions by name where there are wide ones: g++ tuned for some machines with 64-byte
+// vectors makes one multiply-add per element of the loop below.
+#if defined(__AVX512F__)
+static inline __m512 fmadd(float x, __m512 b, __m512 c) { return _mm512_fmadd_ps(_mm512_set1_ps(x), b, c); }
+static inline __m512d fmadd(double x, __m512d b, __m512d c) { return _mm512_fmadd_pd(_mm512_set1_pd(x), b, c); }
+#elif defined(__AVX__) && defined(__FMA__)
+static inline __m256 fmadd(float x, __m256 b, __m256 c) { return _mm256_fmadd_ps(_mm256_set1_ps(x), b, c); }
+static inline __m256d fmadd(double x, __m256d b, __m256d c) { return _mm256_fmadd_pd(_mm256_set1_pd(x), b, c); }
+#else
+template <class T>
+static inline typename Vector<T>::Type fmadd(T x, typename Vector<T>::Type b, typename Vector<T>::Type c) {
+    for (int64 e = 0; e < Vector<T>::W; ++e) c[e] = fmadd(x, b[e], c[e]);
+    return c;
+}
+#endif
+
 // W partial sums side by side, added up pairwise at the end: a fixed order that keeps vector units busy. 64 bytes
-// whatever the machine, so that the order does not depend on it; the compiler splits them where registers are narrower.
+// whatever the machine, so that the order does not depend on it: one vector register or several.
 template <class T>
 struct Lanes {
-    static constexpr int64 W = 64 / sizeof(T);
-    typedef T Vec __attribute__((vector_size(64)));
-    Vec v = {};
+    static constexpr int64 W = 64 / sizeof(T), kParts = 64 / kVectorBytes;
+    typename Vector<T>::Type part[kParts] = {};
 
-    static Vec load(const T* p) {
-        Vec x;
-        memcpy(&x, p, sizeof x);
+    static Lanes load(const T* p) {
+        Lanes x;
+        for (int64 i = 0; i < kParts; ++i) x.part[i] = Vector<T>::load(p + i * Vector<T>::W);
         return x;
+    }
+    friend Lanes operator*(Lanes a, const Lanes& b) {
+        for (int64 i = 0; i < kParts; ++i) a.part[i] *= b.part[i];
+        return a;
+    }
+    void operator+=(const Lanes& b) {
+        for (int64 i = 0; i < kParts; ++i) part[i] += b.part[i];
+    }
+    void raise(const Lanes& b) {  // each to the larger of the two
+        for (int64 i = 0; i < kParts; ++i) part[i] = b.part[i] > part[i] ? b.part[i] : part[i];
+    }
+    void store(T* p) const {
+        for (int64 i = 0; i < kParts; ++i) Vector<T>::store(p + i * Vector<T>::W, part[i]);
     }
     T total() const {
         T s[W];
-        memcpy(s, &v, sizeof s);
+        store(s);
         for (int64 half = W / 2; half > 0; half /= 2)
             for (int64 i = 0; i < half; ++i) s[i] += s[i + half];
         return s[0];
@@ -111,10 +166,10 @@ static inline T dot(const T* a, const T* b, int64 n) {
     Lanes<T> even, odd;
     int64 i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        even.v += Lanes<T>::load(a + i) * Lanes<T>::load(b + i);
-        odd.v += Lanes<T>::load(a + i + W) * Lanes<T>::load(b + i + W);
+        even += Lanes<T>::load(a + i) * Lanes<T>::load(b + i);
+        odd += Lanes<T>::load(a + i + W) * Lanes<T>::load(b + i + W);
     }
-    even.v += odd.v;
+    even += odd;
     T rest = 0;
     for (; i < n; ++i) rest += a[i] * b[i];
     return even.total() + rest;
@@ -124,10 +179,26 @@ static inline T sum(const T* a, int64 n) {
     constexpr int64 W = Lanes<T>::W;
     Lanes<T> lanes;
     int64 i = 0;
-    for (; i + W <= n; i += W) lanes.v += Lanes<T>::load(a + i);
+    for (; i + W <= n; i += W) lanes += Lanes<T>::load(a + i);
     T rest = 0;
     for (; i < n; ++i) rest += a[i];
     return lanes.total() + rest;
+}
+// The largest of n >= 1 values.
+template <class T>
+static inline T max_of(const T* a, int64 n) {
+    constexpr int64 W = Lanes<T>::W;
+    T top = a[0];
+    int64 i = 1;
+    if (n >= W) {
+        Lanes<T> lanes = Lanes<T>::load(a);
+        for (i = W; i + W <= n; i += W) lanes.raise(Lanes<T>::load(a + i));
+        T s[W];
+        lanes.store(s);
+        for (const T x : s) top = x > top ? x : top;
+    }
+    for (; i < n; ++i) top = a[i] > top ? a[i] : top;
+    return top;
 }
 
 [[maybe_unused]] static inline bool in_parallel() {
@@ -156,43 +227,54 @@ static inline T sum(const T* a, int64 n) {
 //
 //            kCols                B is copied ("packed") beforehand into panels of kCols columns and kDepth rows, so that
 //         +--------+              the inner loop reads it front to back and both storage orders of B cost the same.
-//         |  B     | k            A transposed A is packed likewise, 64 rows at a time.
+//         |  B     | k            A transposed A is packed likewise, kRowBlock rows at a time.
 //         +--------+              Edges: packing fills up with zeros, and only what is inside C is written.
 //   +---+ +--------+
 //   | A | | C tile | kRows        Order of summation: k ascending in blocks of kDepth, one accumulator per element of C.
 //   +---+ +--------+              It depends on K alone, not on M, N or the thread (fewer than kRows rows: see below).
 
-#if defined(__AVX512F__) && !defined(__clang__)
-static constexpr int64 kRows = 8, kColBytes = 128;  // 16 registers of 64 bytes
-#elif defined(__AVX512VL__)
-static constexpr int64 kRows = 4, kColBytes = 128;  // 16 registers of 32 bytes: what clang keeps in registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+static constexpr int64 kRows = 8;  // of 32 registers, 16 hold the tile of C
 #else
-static constexpr int64 kRows = 4, kColBytes = 64;  // 8 registers of 32 bytes or 16 of 16
+static constexpr int64 kRows = 6;  // of 16 registers, 12 hold the tile of C, 2 a row of B, 1 a value of A
 #endif
-static constexpr int64 kDepth = 256;    // one panel of B: 32 KB
-static constexpr int64 kRowBlock = 64;  // rows of C per task
-static constexpr int64 kWidth = 512;    // columns of B packed at a time: 512 KB of float
+static constexpr int64 kColVectors = 2;                               // kCols, counted in vectors
+static constexpr int64 kDepth = 256;                                  // one panel of B: 8 to 32 KB
+static constexpr int64 kRowBlock = (64 + kRows - 1) / kRows * kRows;  // rows of C per task: 64, or as many whole tiles
+static constexpr int64 kWidth = 256;                                  // columns of B packed at a time: 256 KB of float
 
-// One tile: c += sum_k a[i][k * a_step] * b[k][j] for i < rows, j < cols. b is a packed panel.
+// One tile: c (+)= sum_k a[i][k * a_step] * b[k][j] for i < rows, j < cols. b is a packed panel. acc lives in registers
+// because every loop over it is unrolled.
 template <class T>
 static void matmul_tile(T* c, int64 ldc, int64 rows, int64 cols, const T* const* a, int64 a_step, const T* b,
                         int64 depth, bool accumulate) {
-    constexpr int64 kCols = kColBytes / int64(sizeof(T));
-    T acc[kRows][kCols];
+    typedef Vector<T> V;
+    constexpr int64 kCols = kColVectors * V::W;
+    typename V::Type acc[kRows][kColVectors], b_k[kColVectors];
+#pragma GCC unroll 8
     for (int64 i = 0; i < kRows; ++i)
-        for (int64 j = 0; j < kCols; ++j) acc[i][j] = 0;
-    for (int64 k = 0; k < depth; ++k)
-        for (int64 i = 0; i < kRows; ++i) {
-            const T x = a[i][k * a_step];
-            for (int64 j = 0; j < kCols; ++j) acc[i][j] = fmadd(x, b[k * kCols + j], acc[i][j]);
-        }
-    if (rows == kRows && cols == kCols) {  // constant bounds, so that acc stays in registers
+#pragma GCC unroll 8
+        for (int64 j = 0; j < kColVectors; ++j) acc[i][j] = typename V::Type{};
+    for (int64 k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+        for (int64 j = 0; j < kColVectors; ++j) b_k[j] = V::load(b + k * kCols + j * V::W);
+#pragma GCC unroll 8
         for (int64 i = 0; i < kRows; ++i)
-            for (int64 j = 0; j < kCols; ++j) c[i * ldc + j] = accumulate ? c[i * ldc + j] + acc[i][j] : acc[i][j];
-        return;
+#pragma GCC unroll 8
+            for (int64 j = 0; j < kColVectors; ++j) acc[i][j] = fmadd(a[i][k * a_step], b_k[j], acc[i][j]);
     }
-    T edge[kRows][kCols];
-    memcpy(edge, acc, sizeof acc);
+    T edge[kRows][kCols];  // a tile that reaches past the edge of C goes through here
+    const bool whole = rows == kRows && cols == kCols;
+    T* out = whole ? c : edge[0];
+    const int64 ld_out = whole ? ldc : kCols;
+#pragma GCC unroll 8
+    for (int64 i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int64 j = 0; j < kColVectors; ++j) {
+            T* o = out + i * ld_out + j * V::W;
+            V::store(o, whole && accumulate ? V::load(o) + acc[i][j] : acc[i][j]);
+        }
+    if (whole) return;
     for (int64 i = 0; i < rows; ++i)
         for (int64 j = 0; j < cols; ++j) c[i * ldc + j] = accumulate ? c[i * ldc + j] + edge[i][j] : edge[i][j];
 }
@@ -201,7 +283,7 @@ static void matmul_tile(T* c, int64 ldc, int64 rows, int64 cols, const T* const*
 template <class T>
 static void matmul_share(T* c, int64 ldc, const T* a, int64 lda, Layout la, const T* b, int64 ldb, Layout lb, int64 M,
                          int64 N, int64 K, bool accumulate, T* panels, int thread, int threads) {
-    constexpr int64 kCols = kColBytes / int64(sizeof(T));
+    constexpr int64 kCols = kColVectors * Vector<T>::W;
     const auto barrier = [threads] {
         if (threads > 1) {
 #ifdef _OPENMP
@@ -269,12 +351,12 @@ static void dot_rows(T* y, const T* x, const T* w, int64 ldw, int64 rows, int64 
     Lanes<T> acc[kCount];
     int64 k = 0;
     for (; k + W <= K; k += W) {
-        const typename Lanes<T>::Vec xk = Lanes<T>::load(x + k);
+        const Lanes<T> xk = Lanes<T>::load(x + k);
         for (int64 r = 0; r < kCount; ++r) {
             // Rows are short: without a hint the hardware starts to read ahead anew with each group of rows. A quarter
             // more bytes per second, measured; past the end of w the hint does nothing.
             __builtin_prefetch(w + (r + 4 * kCount) * ldw + k);
-            acc[r].v += xk * Lanes<T>::load(w + r * ldw + k);
+            acc[r] += xk * Lanes<T>::load(w + r * ldw + k);
         }
     }
     for (int64 r = 0; r < kCount; ++r) {
@@ -314,7 +396,7 @@ void matmul(T* c, int64 ldc, const T* a, int64 lda, Layout la, const T* b, int64
     if (M < kRows && la == Layout::plain) return matmul_few_rows(c, ldc, a, lda, b, ldb, lb, M, N, K, accumulate);
     // The packed panels of B, shared by the threads that work on this product; kept between calls.
     static thread_local std::vector<T> storage;
-    constexpr int64 kCols = kColBytes / int64(sizeof(T));
+    constexpr int64 kCols = kColVectors * Vector<T>::W;
     const int64 needed = (std::min(N, kWidth) + kCols - 1) / kCols * kCols * kDepth;
     if (int64(storage.size()) < needed) storage.resize(size_t(needed));
     T* panels = storage.data();
@@ -390,7 +472,7 @@ void rmsnorm_backward(T* dx, T* dw, const T* du, const T* x, const T* w, const T
         Lanes<T> lanes;
         constexpr int64 W = Lanes<T>::W;
         int64 i = 0;
-        for (; i + W <= D; i += W) lanes.v += Lanes<T>::load(dur + i) * Lanes<T>::load(w + i) * Lanes<T>::load(xr + i);
+        for (; i + W <= D; i += W) lanes += Lanes<T>::load(dur + i) * Lanes<T>::load(w + i) * Lanes<T>::load(xr + i);
         T rest = 0;
         for (; i < D; ++i) rest += dur[i] * w[i] * xr[i];
         const T s = rstd[r], k = s * s * (lanes.total() + rest) / T(D);
@@ -479,8 +561,7 @@ void attention_forward(T* y, T* lse, const T* q, const T* k, const T* v, const A
                     for (int64 i = 0; i < rows; ++i) {                                           // (2) softmax
                         T* pi = p.data() + i * keys;
                         const int64 visible = keys - rows + i + 1;
-                        T top = pi[0];
-                        for (int64 s = 1; s < visible; ++s) top = pi[s] > top ? pi[s] : top;
+                        const T top = max_of(pi, visible);
                         for (int64 s = 0; s < visible; ++s) pi[s] = exp_(pi[s] - top);
                         const T z = sum(pi, visible);
                         for (int64 s = 0; s < visible; ++s) pi[s] *= T(1) / z;
@@ -1084,8 +1165,7 @@ void cross_entropy_forward(T* losses, const T* logits, const int32_t* targets, i
 #pragma omp for schedule(static)
         for (int64 r = 0; r < rows; ++r) {
             const T* z = logits + r * V;
-            T top = z[0];
-            for (int64 v = 1; v < V; ++v) top = z[v] > top ? z[v] : top;
+            const T top = max_of(z, V);
             for (int64 v = 0; v < V; ++v) e[size_t(v)] = exp_(z[v] - top);
             losses[r] = std::log(sum(e.data(), V)) + (top - z[targets[r]]);
         }
