@@ -3779,7 +3779,9 @@ std::vector<NamedTensor> run_op(const OracleTask& task, const Arithmetic& arithm
     Recorder<T> out(arithmetic);
     const auto in = [&](const char* name) {
         const Vec& v = task.at(name);
-        return std::vector<T>(v.begin(), v.end());
+        std::vector<T> x(v.begin(), v.end());
+        for (size_t i = 0; arithmetic.bf16 && i < x.size(); ++i) x[i] = T(round_bf16(float(x[i])));
+        return x;
     };
     const auto see = [&](const char* name, std::vector<T>& v, const Shape& shape, int64 ld = 0) {
         int64 width = 1;
@@ -4130,7 +4132,7 @@ void read_values(const SafeTensors& file, const SafeTensors::Entry& e, Vec* valu
     else file.read(e, values->data(), must_be_finite);
 }
 
-// Puts the file's tensors in the place of drawn ones of the same names.
+// Puts the file's tensors in the place of drawn ones of the same names. A file that is no oracle may hold no others.
 void take_given(const SafeTensors& file, OracleTask* task) {
     for (NamedTensor& t : task->given) {
         const SafeTensors::Entry* e = file.find(t.name);
@@ -4141,6 +4143,12 @@ void take_given(const SafeTensors& file, OracleTask* task) {
         const bool integer = e->dtype == DType::I64 || e->dtype == DType::I32;
         if (integer != (t.dtype == DType::I64))
             fail("%s: tensor '%s' is %s, expected %s", file.path.c_str(), t.name.c_str(), dtype_name(e->dtype),
+    std::vector<std::string> names;
+    for (const NamedTensor& t : task->given) names.push_back(t.name);
+    for (const SafeTensors::Entry& e : file.entries)
+        if (!file.metadata.count("schema") && !find(task->given, e.name))
+            fail("%s: tensor '%s' is not an input of %s; did you mean '%s'?", file.path.c_str(), e.name.c_str(),
+                 task->kind == "model" ? "this model" : task->kind.c_str(), nearest_word(e.name, names).c_str());
                  t.dtype == DType::I64 ? "I64" : "floating-point numbers");
         read_values(file, *e, &t.values, true);
     }
@@ -4237,6 +4245,13 @@ int oracle_command(int argc, char** argv) {
             if (name != "inputs" && name != "out" && name != "precision")
                 usage_error("--%s: %s is an oracle file, which says what to compute", name.c_str(), inputs.c_str());
         task = task_of(*file);
+    together("tokens", "batch");  // the file says how many sequences, and how long
+    together("tokens", "seq-len");
+    const std::string model = weights.empty() ? "" : resolve_checkpoint(weights) + "/model.safetensors";
+    for (const std::string& in : {inputs, tokens_file, model})
+        if (!in.empty() && same_file(in, out)) usage_error("--out: %s is read from: give another name", out.c_str());
+    if (is_directory(out) || access(parent_directory(out).c_str(), W_OK) != 0)  // now, not after the work
+        fail("%s: cannot write: %s", out.c_str(), is_directory(out) ? strerror(EISDIR) : strerror(errno));
     } else {
         if (!op.empty()) {
             const std::vector<std::string> ops(std::begin(op_names), std::end(op_names));
@@ -4294,8 +4309,12 @@ int oracle_command(int argc, char** argv) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A candidate passes a tensor if its error is at most kNoiseFactor times the noise of a right implementation, measured at
-// this very size, plus half a unit of the last place of its dtype (so that exact tensors may be stored in it).
-constexpr double kNoiseFactor = 4;
+// this very size, plus half a unit of the last place of its dtype (so that exact tensors may be stored in it). A single
+// number over the whole batch or a whole tensor may come out right by luck in all runs that measure noise, while another
+// order of the sum is a few units off: such a number gets kSumUnits units of the arithmetic that sums up, fp32 for bf16.
+constexpr double kNoiseFactor = 4, kSumUnits = 8;
+constexpr double kNoisy = 0.5;  // a tolerance of this relative RMS tells little
+bool is_sum(const std::string& name) { return name == "loss" || name == "objective" || starts_with(name, "adamw."); }
 
 struct Dtype {
     const char* name;
