@@ -71,8 +71,8 @@ SsdResult run_ssd(const SsdCase& c, Form form, bool state = true) {
             break;
         case Form::chunked:
             ssd_chunked_forward(Y.data(), st, chunk_states.data(), p, p + b, p + x, dt.data(), dA.data(), s0, n);
-            ssd_chunked_backward<T>(q, q + b, q + x, ddt.data(), ddA.data(), ds0, nullptr, dY.data(), dst, p, p + b, p + x,
-                                 dt.data(), dA.data(), chunk_states.data(), n);
+            ssd_chunked_backward<T>(q, q + b, q + x, ddt.data(), ddA.data(), ds0, nullptr, dY.data(), dst, p, p + b,
+                                    p + x, dt.data(), dA.data(), chunk_states.data(), n);
     }
     const auto wide = [](const std::vector<T>& v) { return std::vector<double>(v.begin(), v.end()); };
     return {wide(Y), wide(S_T), wide(d), wide(ddt), wide(ddA), wide(dS_0)};
