@@ -88,6 +88,12 @@ static inline float exp_(float x) {
 }
 static inline double exp_(double x) { return std::exp(x); }
 
+// x_i = exp(x_i - top). A function of its own: inlined next to a loop that reads x again, clang does not vectorise it.
+template <class T>
+__attribute__((noinline)) static void exp_minus(T* x, T top, int64 n) {
+    for (int64 i = 0; i < n; ++i) x[i] = exp_(x[i] - top);
+}
+
 // One vector register. A compiler vectorises loops over a plain array, but may leave that array in memory; values of this
 // type stay in registers, even in small arrays, if the loops over them are unrolled and nothing takes their address.
 #if defined(__AVX512F__)
@@ -562,7 +568,7 @@ void attention_forward(T* y, T* lse, const T* q, const T* k, const T* v, const A
                         T* pi = p.data() + i * keys;
                         const int64 visible = keys - rows + i + 1;
                         const T top = max_of(pi, visible);
-                        for (int64 s = 0; s < visible; ++s) pi[s] = exp_(pi[s] - top);
+                        exp_minus(pi, top, visible);
                         const T z = sum(pi, visible);
                         for (int64 s = 0; s < visible; ++s) pi[s] *= T(1) / z;
                         std::fill(pi + visible, pi + keys, T(0));
@@ -1166,7 +1172,8 @@ void cross_entropy_forward(T* losses, const T* logits, const int32_t* targets, i
         for (int64 r = 0; r < rows; ++r) {
             const T* z = logits + r * V;
             const T top = max_of(z, V);
-            for (int64 v = 0; v < V; ++v) e[size_t(v)] = exp_(z[v] - top);
+            std::copy_n(z, V, e.data());
+            exp_minus(e.data(), top, V);
             losses[r] = std::log(sum(e.data(), V)) + (top - z[targets[r]]);
         }
     }
