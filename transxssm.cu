@@ -142,6 +142,19 @@ __device__ inline void store2(A* p, float a, float b) {
     store<2>(p, f);
 }
 
+// 2^x by the hardware's instruction: relative error 2^-22.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+// exp(x): to float's accuracy where the result stays fp32, by the hardware where it is rounded to bf16.
+template <class A>
+__device__ inline float exp_for(float x) {
+    return std::is_same<A, float>::value ? expf(x) : exp2_fast(x * kLog2e);
+}
+
 __device__ inline float warp_sum(float x) {
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
@@ -421,6 +434,78 @@ __device__ inline void multiply(Accumulator<NT>& acc, const float* a, int lda, c
     }
 }
 
+// 16 rows of K columns of an operand a that is used again and again, or that an accumulator already holds. bf16: fragments in
+// registers. An accumulator's layout is that of the fragments, so that a product can go on into the next one without shared
+// memory. float: just where the rows are; an accumulator is first written to `patch` (16 x K, the warp's own).
+template <class A, int K>
+struct Rows;
+template <int K>
+struct Rows<bf16, K> {
+    uint32_t r[K / 16][4];
+    __device__ void load(const bf16* a, int lda) {
+        const bf16* p = a + (lane_id() % 8 + lane_id() / 8 % 2 * 8) * lda + lane_id() / 16 * 8;
+#pragma unroll
+        for (int k = 0; k < K / 16; ++k) load_matrices<false>(r[k], p + 16 * k);
+    }
+    __device__ static uint32_t pack(float a, float b) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+        uint32_t bits;
+        memcpy(&bits, &two, 4);
+        return bits;
+    }
+    __device__ void take(const Accumulator<K / 8>& acc, bf16*) {
+#pragma unroll
+        for (int k = 0; k < K / 16; ++k) {
+            r[k][0] = pack(acc.v[2 * k][0], acc.v[2 * k][1]);
+            r[k][1] = pack(acc.v[2 * k][2], acc.v[2 * k][3]);
+            r[k][2] = pack(acc.v[2 * k + 1][0], acc.v[2 * k + 1][1]);
+            r[k][3] = pack(acc.v[2 * k + 1][2], acc.v[2 * k + 1][3]);
+        }
+    }
+};
+template <int K>
+struct Rows<float, K> {
+    const float* p;
+    int ld;
+    __device__ void load(const float* a, int lda) {
+        p = a;
+        ld = lda;
+    }
+    __device__ void take(const Accumulator<K / 8>& acc, float* patch) {
+        ld = K + kTilePad<float>;
+        p = patch;
+        __syncwarp();  // the warp has read what it wrote there before
+#pragma unroll
+        for (int t = 0; t < K / 8; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2)
+                store2(patch + (acc_row() + 4 * i) * ld + 8 * t + acc_col(), acc.v[t][i], acc.v[t][i + 1]);
+        __syncwarp();
+    }
+};
+// Elements of shared memory that the warps' patches take.
+template <class A>
+constexpr int kPatch = std::is_same<A, float>::value ? 16 * (64 + kTilePad<float>) : 0;
+
+template <Layout lb, int K, int NT>
+__device__ inline void multiply(Accumulator<NT>& acc, const Rows<bf16, K>& a, const bf16* b, int ldb) {
+    const int r = lane_id() % 8, m = lane_id() / 8, low = m % 2 * 8, high = m / 2 * 8;
+    const bf16* pb = lb == Layout::plain ? b + (r + low) * ldb + high : b + (r + high) * ldb + low;
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+#pragma unroll
+        for (int t = 0; t < NT; t += 2) {
+            uint32_t fb[4];
+            load_matrices<lb == Layout::plain>(fb, lb == Layout::plain ? pb + 16 * k * ldb + 8 * t : pb + 8 * t * ldb + 16 * k);
+            mma16816(acc.v[t], a.r[k], fb[0], fb[1]);
+            mma16816(acc.v[t + 1], a.r[k], fb[2], fb[3]);
+        }
+}
+template <Layout lb, int K, int NT>
+__device__ inline void multiply(Accumulator<NT>& acc, const Rows<float, K>& a, const float* b, int ldb) {
+    multiply<Layout::plain, lb>(acc, a.p, a.ld, b, ldb, K);
+}
+
 // Copies `rows` x `cols` elements from memory (rows `ld` apart) into a tile and fills it up to all_rows x all_cols with
 // zeros. All threads of the block take part; copies go on in the background until copies_done().
 template <class A>
@@ -447,6 +532,14 @@ __device__ inline void load_tile(A* tile, int tile_ld, const A* from, int64 ld, 
 }
 __device__ inline void copies_done() {
     asm volatile("cp.async.wait_all;" ::: "memory");
+}
+// What was begun since the last commit is one group; waits until at most `later` groups are under way.
+__device__ inline void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int later>
+__device__ inline void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -549,18 +642,18 @@ static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int
 static constexpr int kAttentionTile = 64, kAttentionThreads = 128;
 static constexpr int64 kAttentionMaxP = 128;
 
-// One block per tile of queries of one (sequence, head), the longest first. Shared: tiles of q, k, v and p.
-// Online softmax: `top` is the largest score so far; when it grows, what was summed before is scaled down.
+// One block per tile of queries of one (sequence, head), the longest first. Shared: tiles of q, and of k and v twice, so that the
+// next ones arrive while these are worked on. Online softmax: `top` is the largest score so far; when it grows, what was
+// summed before is scaled down. Powers of 2 in place of e: scores are multiplied by log2(e) / sqrt(P).
 template <class A, int kP>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, float scale) {
-    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>, ldp = kTile + kTilePad<A>;
+    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* tile_q = reinterpret_cast<A*>(shared);
-    A* tile_k = tile_q + kTile * ld;
-    A* tile_v = tile_k + kTile * ld;
+    A* tiles_kv = tile_q + kTile * ld;  // k, v, k, v
     const int warp = int(threadIdx.x) / 32;
-    A* p = tile_v + kTile * ld + warp * 16 * ldp;  // the warp's own 16 rows
+    A* patch = tiles_kv + 4 * kTile * ld + warp * kPatch<A>;
     const int64 heads = n.B * n.H, tiles = (n.T + kTile - 1) / kTile;
     const int64 t0 = (tiles - 1 - blockIdx.x / heads) * kTile, b = blockIdx.x % heads / n.H, h = blockIdx.x % n.H;
     const int64 row0 = b * n.T + t0, first_position = n.S - n.T + t0;
@@ -568,59 +661,77 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int64 keys = first_position + rows;
     const A* kb = k + b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
     const A* vb = v + b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
+    const auto load_keys = [&](int64 s0) {  // of the tile that begins at s0, as one group of copies
+        const int count = int(min(int64(kTile), keys - s0));
+        A* to = tiles_kv + s0 / kTile % 2 * 2 * kTile * ld;
+        if (count > 0) {
+            load_tile(to, ld, kb + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
+            load_tile(to + kTile * ld, ld, vb + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
+        }
+        copies_commit();
+    };
     load_tile(tile_q, ld, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, kTile, int(n.P), kP);
+    load_keys(0);
+    copies_wait<0>();
+    __syncthreads();
+    Rows<A, kP> rows_q;
+    rows_q.load(tile_q + warp * 16 * ld, ld);
+    const float log2_scale = scale * kLog2e;
 
     Accumulator<kP / 8> out;
     out.zero();
     float top[2] = {-INFINITY, -INFINITY}, z[2] = {0, 0};  // of rows acc_row() and acc_row() + 8
     for (int64 s0 = 0; s0 < keys; s0 += kTile) {
-        const int count = int(min(int64(kTile), keys - s0));
-        __syncthreads();  // the last tile has been read
-        load_tile(tile_k, ld, kb + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
-        load_tile(tile_v, ld, vb + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
-        copies_done();
-        __syncthreads();  // all of it is there
+        const A* tile_k = tiles_kv + s0 / kTile % 2 * 2 * kTile * ld;
+        load_keys(s0 + kTile);
+        copies_wait<1>();
+        __syncthreads();  // this tile is there for all
         Accumulator<kTile / 8> score;
         score.zero();
-        multiply<Layout::plain, Layout::transposed>(score, tile_q + warp * 16 * ld, ld, tile_k, ld, kP);
+        multiply<Layout::transposed>(score, rows_q, tile_k, ld);
         const int64 position = first_position + warp * 16 + acc_row() - s0;  // keys 0 .. position of this tile are seen
+        if (s0 + kTile > first_position + 1)                                 // else the first query sees all of it
+#pragma unroll
+            for (int t = 0; t < kTile / 8; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int s = 8 * t + acc_col() + i % 2;
+                    if (s > position + i / 2 * 8 || s >= keys - s0) score.v[t][i] = -INFINITY;
+                }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float largest = top[half];
+            float largest = score.v[0][2 * half];
+#pragma unroll
+            for (int t = 0; t < kTile / 8; ++t)
+                largest = fmaxf(largest, fmaxf(score.v[t][2 * half], score.v[t][2 * half + 1]));
+            largest = fmaxf(top[half], quad_max(largest) * log2_scale);
+            const float shrink = exp2_fast(top[half] - largest);  // the first tile has key 0, which all see: finite
+            top[half] = largest;
+            z[half] *= shrink;
 #pragma unroll
             for (int t = 0; t < kTile / 8; ++t)
 #pragma unroll
                 for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    const int s = 8 * t + acc_col() + i % 2;
-                    score.v[t][i] = s <= position + 8 * half && s < count ? score.v[t][i] * scale : -INFINITY;
-                    largest = fmaxf(largest, score.v[t][i]);
+                    score.v[t][i] = exp2_fast(score.v[t][i] * log2_scale - largest);
+                    z[half] += score.v[t][i];
                 }
-            largest = quad_max(largest);
-            const float shrink = expf(top[half] - largest);  // the first tile holds key 0, which every row sees: finite
-            top[half] = largest;
-            z[half] *= shrink;
-#pragma unroll
-            for (int t = 0; t < kTile / 8; ++t) {
-                const float p0 = expf(score.v[t][2 * half] - largest), p1 = expf(score.v[t][2 * half + 1] - largest);
-                z[half] += p0 + p1;
-                store2(p + (acc_row() + 8 * half) * ldp + 8 * t + acc_col(), p0, p1);
-            }
 #pragma unroll
             for (int t = 0; t < kP / 8; ++t) {
                 out.v[t][2 * half] *= shrink;
                 out.v[t][2 * half + 1] *= shrink;
             }
         }
-        __syncwarp();
-        multiply<Layout::plain, Layout::plain>(out, p, ldp, tile_v, ld, kTile);
-        __syncwarp();
+        Rows<A, kTile> p;
+        p.take(score, patch);
+        multiply<Layout::plain>(out, p, tile_k + kTile * ld, ld);
+        __syncthreads();  // the tile has been read: the copies of the next round may overwrite it
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float total = quad_sum(z[half]);
         const int t = warp * 16 + acc_row() + 8 * half;
         if (t >= rows) continue;
-        if (lane_id() % 4 == 0) lse[(row0 + t) * n.H + h] = top[half] + logf(total);
+        if (lane_id() % 4 == 0) lse[(row0 + t) * n.H + h] = top[half] * kLn2 + logf(total);
 #pragma unroll
         for (int c = 0; c < kP / 8; ++c)
             if (8 * c + acc_col() < n.P)
@@ -645,22 +756,21 @@ __global__ void attention_dot_kernel(float* dyy, const A* dy, const A* y, int64 
     if (lane_id() == 0) dyy[i] = s;
 }
 
-// dz from the scores and dp of 16 x 64: element (row, column) is (key, query) or (query, key), `seen` tells.
 // One block per tile of keys of one (sequence, key/value head); it walks over the heads of the group and the queries from
 // the diagonal on. Rows of the accumulators are keys, columns are queries.
 template <class A, int kP>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_backward_kv_kernel(A* dk, A* dv, const A* dy, const A* q, const A* k, const A* v, const float* lse,
                                  const float* dyy, AttentionShape n, float scale) {
-    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>, ldp = kTile + kTilePad<A>;
+    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* tile_k = reinterpret_cast<A*>(shared);
     A* tile_v = tile_k + kTile * ld;
     A* tile_q = tile_v + kTile * ld;
     A* tile_dy = tile_q + kTile * ld;
     const int warp = int(threadIdx.x) / 32;
-    A* p = tile_dy + kTile * ld + warp * 16 * ldp;
-    float* tile_lse = reinterpret_cast<float*>(tile_dy + kTile * ld + 4 * 16 * ldp);
+    A* patch = tile_dy + kTile * ld + warp * kPatch<A>;
+    float* tile_lse = reinterpret_cast<float*>(tile_dy + kTile * ld + 4 * kPatch<A>);  // in powers of 2
     float* tile_dyy = tile_lse + kTile;
     const int64 heads = n.B * n.Hkv, group = n.H / n.Hkv;
     const int64 s0 = blockIdx.x / heads * kTile, b = blockIdx.x % heads / n.Hkv, hkv = blockIdx.x % n.Hkv;
@@ -668,6 +778,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int64 kv0 = b * n.seq_kv + s0 * n.ld_kv + hkv * n.P;
     load_tile(tile_k, ld, k + kv0, n.ld_kv, count, kTile, int(n.P), kP);
     load_tile(tile_v, ld, v + kv0, n.ld_kv, count, kTile, int(n.P), kP);
+    const float log2_scale = scale * kLog2e;
 
     Accumulator<kP / 8> acc_dk, acc_dv;
     acc_dk.zero();
@@ -677,44 +788,40 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int64 t0 = diagonal; t0 < n.T; t0 += kTile) {
             const int rows = int(min(int64(kTile), n.T - t0));
             const int64 row0 = b * n.T + t0;
-            __syncthreads();
+            __syncthreads();  // the tiles of the round before have been read
             load_tile(tile_q, ld, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, kTile, int(n.P), kP);
             load_tile(tile_dy, ld, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, kTile, int(n.P), kP);
-            for (int t = int(threadIdx.x); t < kTile; t += kAttentionThreads) {
-                tile_lse[t] = t < rows ? lse[(row0 + t) * n.H + h] : 0;
+            for (int t = int(threadIdx.x); t < kTile; t += kAttentionThreads) {  // past the end: p = 2^-inf = 0
+                tile_lse[t] = t < rows ? lse[(row0 + t) * n.H + h] * kLog2e : INFINITY;
                 tile_dyy[t] = t < rows ? dyy[(row0 + t) * n.H + h] : 0;
             }
             copies_done();
             __syncthreads();
-            Accumulator<kTile / 8> pt, dp;
-            pt.zero();
-            dp.zero();
-            multiply<Layout::plain, Layout::transposed>(pt, tile_k + warp * 16 * ld, ld, tile_q, ld, kP);
-            multiply<Layout::plain, Layout::transposed>(dp, tile_v + warp * 16 * ld, ld, tile_dy, ld, kP);
+            Accumulator<kTile / 8> p, dz;
+            p.zero();
+            multiply<Layout::plain, Layout::transposed>(p, tile_k + warp * 16 * ld, ld, tile_q, ld, kP);
             const int64 first_position = n.S - n.T + t0 - s0;  // query t of the tile sees keys 0 .. first_position + t
+            const bool whole = first_position >= kTile - 1;    // all queries see all keys of the tile
 #pragma unroll
             for (int c = 0; c < kTile / 8; ++c)
 #pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-#pragma unroll
-                    for (int j = i; j < i + 2; ++j) {
-                        const int s = warp * 16 + acc_row() + 4 * i, t = 8 * c + acc_col() + j % 2;
-                        const bool seen = s <= first_position + t && t < rows;
-                        pt.v[c][j] = seen ? expf(pt.v[c][j] * scale - tile_lse[t]) : 0;
-                        dp.v[c][j] = pt.v[c][j] * (dp.v[c][j] - tile_dyy[t]) * scale;
-                    }
-                    store2(p + (acc_row() + 4 * i) * ldp + 8 * c + acc_col(), pt.v[c][i], pt.v[c][i + 1]);
+                for (int i = 0; i < 4; ++i) {
+                    const int t = 8 * c + acc_col() + i % 2;
+                    p.v[c][i] = exp2_fast(p.v[c][i] * log2_scale - tile_lse[t]);
+                    if (!whole && warp * 16 + acc_row() + i / 2 * 8 > first_position + t) p.v[c][i] = 0;
                 }
-            __syncwarp();
-            multiply<Layout::plain, Layout::plain>(acc_dv, p, ldp, tile_dy, ld, kTile);
-            __syncwarp();
+            Rows<A, kTile> operand;
+            operand.take(p, patch);
+            multiply<Layout::plain>(acc_dv, operand, tile_dy, ld);
+            dz.zero();
+            multiply<Layout::plain, Layout::transposed>(dz, tile_v + warp * 16 * ld, ld, tile_dy, ld, kP);
 #pragma unroll
             for (int c = 0; c < kTile / 8; ++c)
 #pragma unroll
-                for (int i = 0; i < 4; i += 2)
-                    store2(p + (acc_row() + 4 * i) * ldp + 8 * c + acc_col(), dp.v[c][i], dp.v[c][i + 1]);
-            __syncwarp();
-            multiply<Layout::plain, Layout::plain>(acc_dk, p, ldp, tile_q, ld, kTile);
+                for (int i = 0; i < 4; ++i)
+                    dz.v[c][i] = p.v[c][i] * (dz.v[c][i] - tile_dyy[8 * c + acc_col() + i % 2]);
+            operand.take(dz, patch);
+            multiply<Layout::plain>(acc_dk, operand, tile_q, ld);
         }
     copies_done();  // of k and v, if no query followed
 #pragma unroll
@@ -725,7 +832,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int c = 0; c < kP / 8; ++c)
             if (8 * c + acc_col() < n.P) {
                 const int64 at = kv0 + s * n.ld_kv + 8 * c + acc_col();
-                store2(dk + at, acc_dk.v[c][2 * half], acc_dk.v[c][2 * half + 1]);
+                store2(dk + at, acc_dk.v[c][2 * half] * scale, acc_dk.v[c][2 * half + 1] * scale);
                 store2(dv + at, acc_dv.v[c][2 * half], acc_dv.v[c][2 * half + 1]);
             }
     }
@@ -736,14 +843,14 @@ template <class A, int kP>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_backward_q_kernel(A* dq, const A* dy, const A* q, const A* k, const A* v, const float* lse,
                                 const float* dyy, AttentionShape n, float scale) {
-    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>, ldp = kTile + kTilePad<A>;
+    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* tile_q = reinterpret_cast<A*>(shared);
     A* tile_dy = tile_q + kTile * ld;
     A* tile_k = tile_dy + kTile * ld;
     A* tile_v = tile_k + kTile * ld;
     const int warp = int(threadIdx.x) / 32;
-    A* dz = tile_v + kTile * ld + warp * 16 * ldp;
+    A* patch = tile_v + kTile * ld + warp * kPatch<A>;
     const int64 heads = n.B * n.H, tiles = (n.T + kTile - 1) / kTile;
     const int64 t0 = (tiles - 1 - blockIdx.x / heads) * kTile, b = blockIdx.x % heads / n.H, h = blockIdx.x % n.H;
     const int64 row0 = b * n.T + t0, first_position = n.S - n.T + t0;
@@ -751,11 +858,12 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int64 keys = first_position + rows, kv0 = b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
     load_tile(tile_q, ld, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, kTile, int(n.P), kP);
     load_tile(tile_dy, ld, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, kTile, int(n.P), kP);
-    float l[2], d[2];
+    const float log2_scale = scale * kLog2e;
+    float l[2], d[2];  // of rows acc_row() and acc_row() + 8
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int t = warp * 16 + acc_row() + 8 * half;
-        l[half] = t < rows ? lse[(row0 + t) * n.H + h] : 0;
+        l[half] = t < rows ? lse[(row0 + t) * n.H + h] * kLog2e : INFINITY;
         d[half] = t < rows ? dyy[(row0 + t) * n.H + h] : 0;
     }
     Accumulator<kP / 8> out;
@@ -767,29 +875,24 @@ __global__ void __launch_bounds__(kAttentionThreads)
         load_tile(tile_v, ld, v + kv0 + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
         copies_done();
         __syncthreads();
-        Accumulator<kTile / 8> z, dp;
+        Accumulator<kTile / 8> z, dz;
         z.zero();
-        dp.zero();
+        dz.zero();
         multiply<Layout::plain, Layout::transposed>(z, tile_q + warp * 16 * ld, ld, tile_k, ld, kP);
-        multiply<Layout::plain, Layout::transposed>(dp, tile_dy + warp * 16 * ld, ld, tile_v, ld, kP);
+        multiply<Layout::plain, Layout::transposed>(dz, tile_dy + warp * 16 * ld, ld, tile_v, ld, kP);
         const int64 position = first_position + warp * 16 + acc_row() - s0;
-        __syncwarp();  // the warp has read its dz of the last round
+        const bool whole = s0 + kTile <= first_position + 1;  // the first query sees all of the tile
 #pragma unroll
         for (int c = 0; c < kTile / 8; ++c)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float g[2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int s = 8 * c + acc_col() + j;
-                    const bool seen = s <= position + 8 * half && s < count;
-                    const float pr = seen ? expf(z.v[c][2 * half + j] * scale - l[half]) : 0;
-                    g[j] = pr * (dp.v[c][2 * half + j] - d[half]) * scale;
-                }
-                store2(dz + (acc_row() + 8 * half) * ldp + 8 * c + acc_col(), g[0], g[1]);
+            for (int i = 0; i < 4; ++i) {
+                const float p = exp2_fast(z.v[c][i] * log2_scale - l[i / 2]);
+                dz.v[c][i] = p * (dz.v[c][i] - d[i / 2]);
+                if (!whole && 8 * c + acc_col() + i % 2 > position + i / 2 * 8) dz.v[c][i] = 0;
             }
-        __syncwarp();
-        multiply<Layout::plain, Layout::plain>(out, dz, ldp, tile_k, ld, kTile);
+        Rows<A, kTile> operand;
+        operand.take(dz, patch);
+        multiply<Layout::plain>(out, operand, tile_k, ld);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -798,21 +901,21 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll
         for (int c = 0; c < kP / 8; ++c)
             if (8 * c + acc_col() < n.P)
-                store2(dq + (row0 + t) * n.ld_q + h * n.P + 8 * c + acc_col(), out.v[c][2 * half],
-                       out.v[c][2 * half + 1]);
+                store2(dq + (row0 + t) * n.ld_q + h * n.P + 8 * c + acc_col(), out.v[c][2 * half] * scale,
+                       out.v[c][2 * half + 1] * scale);
     }
 }
 
 template <class A>
 static size_t attention_shared(int tiles, int kP) {
-    return sizeof(A) * size_t(kAttentionTile) * size_t(tiles * (kP + kTilePad<A>) + kAttentionTile + kTilePad<A>) +
+    return sizeof(A) * size_t(kAttentionTile * tiles * (kP + kTilePad<A>) + 4 * kPatch<A>) +
            2 * kAttentionTile * sizeof(float);
 }
 template <class A, int kP>
 static void attention_forward_padded(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
                                      cudaStream_t stream) {
     launch("attention_forward", attention_forward_kernel<A, kP>, ceil_div(n.T, kAttentionTile) * n.B * n.H,
-           kAttentionThreads, attention_shared<A>(3, kP), stream, y, lse, q, k, v, n, float(1 / std::sqrt(double(n.P))));
+           kAttentionThreads, attention_shared<A>(5, kP), stream, y, lse, q, k, v, n, float(1 / std::sqrt(double(n.P))));
 }
 template <class A>
 static void attention_forward(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
@@ -947,9 +1050,9 @@ struct SsdTiles {
 template <class A>
 static size_t ssd_shared(const SsdTiles& t, bool backward) {
     const size_t pad = size_t(kTilePad<A>), q = size_t(t.q), N = size_t(t.N), P = size_t(t.P);
-    const size_t tiles = 2 * q * (N + pad) + 2 * q * (P + pad) + (backward ? 2 : 1) * P * (N + pad) +
+    const size_t tiles = (backward ? 2 : 3) * q * (N + pad) + 2 * q * (P + pad) + (backward ? 2 : 1) * P * (N + pad) +
                          (backward ? 2 : 1) * q * (q + pad);
-    const size_t vectors = backward ? 4 + 2 * (N / 32) + P / 32 : 4;
+    const size_t vectors = backward ? 4 + 2 * (N / 32) + P / 32 : 8;
     return sizeof(A) * tiles + sizeof(float) * (vectors * q + 16);
 }
 // The longest chunk whose tiles fit. The same for forward and backward: both index chunk_states.
@@ -962,7 +1065,9 @@ static SsdTiles ssd_tiles(int64 N, int64 P) {
     for (const int q : {64, 32}) {
         if (N > 512 || P > 512) break;
         const SsdTiles t{q, int(round_up(N, 32)), int(round_up(P, 32))};
-        if (t.units() <= 8 * kSsdWarps && ssd_shared<A>(t, true) <= std::min(limit, size_t(most))) return t;
+        if (t.units() <= 8 * kSsdWarps &&
+            std::max(ssd_shared<A>(t, true), ssd_shared<A>(t, false)) <= std::min(limit, size_t(most)))
+            return t;
     }
     fail("SSD: a state of P %lld x N %lld per head is too large for this GPU's on-chip memory (%d KB) in %s",
          (long long)P, (long long)N, most / 1024, sizeof(A) == 2 ? "bf16" : "fp32");
@@ -991,27 +1096,28 @@ __device__ inline void chunk_cumsum(float* cs, float* step, float* from_in, floa
     }
 }
 // decay(t,s): subtract, mask, then exp
-__device__ inline float chunk_decay(const float* cs, int t, int s) { return s <= t ? expf(cs[t] - cs[s]) : 0.0f; }
+__device__ inline float chunk_decay(const float* cs, int t, int s) {
+    return s <= t ? exp2_fast((cs[t] - cs[s]) * kLog2e) : 0.0f;
+}
 
 // The steps of one chunk, in the letters of docs/ssd.md:
 //     G   = M o C B^T dt              (q,q)      rows in strips of 16, columns in groups of 32; nothing above the diagonal
 //     Y   = from_in S_in C + G X      (q,P)
 //     S   = exp(cs_last) S + (to_end dt X)^T B   (P,N)
 template <class A, int SU, int kN, int kP>
-__global__ void __launch_bounds__(kSsdThreads)
+__global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     ssd_forward_kernel(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
                        const float* dA, const float* S_0, SsdShape n, SsdTiles tiles) {
     const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* C = reinterpret_cast<A*>(shared);  // (q,N)
-    A* Bt = C + q * ldn;                  // (q,N)
-    A* X = Bt + q * ldn;                  // (q,P)
+    A* Bs = C + q * ldn;                  // (q,N) twice: chunks take turns
+    A* X = Bs + 2 * q * ldn;              // (q,P)
     A* Xs = X + q * ldp;                  // (q,P) to_end dt X
     A* S = Xs + q * ldp;                  // (P,N) the state as an operand
     A* G = S + P * ldn;                   // (q,q)
-    float* cs = reinterpret_cast<float*>(G + q * ldq);
-    float *step = cs + q, *from_in = step + q, *to_end = from_in + q;
+    float* vectors = reinterpret_cast<float*>(G + q * ldq);  // cs, step, from_in, to_end (q), twice
 
     const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
     const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = n.P * n.N, chunks = (n.T + q - 1) / q;
@@ -1042,13 +1148,25 @@ __global__ void __launch_bounds__(kSsdThreads)
                 store2(S + tile_at, s0, s1);
             });
     }
+    // Begins to bring a chunk's tiles and vectors. C, X: nobody may need the last ones any more.
+    const auto fetch = [&](int64 chunk) {
+        if (chunk == chunks) return;
+        const int64 row0 = b * n.T + chunk * q;
+        const int valid = int(min(int64(q), n.T - chunk * q)), turn = int(chunk % 2);
+        load_tile(C, ldn, sc + row0 * n.ld + h * n.N, n.ld, valid, q, int(n.N), N);
+        load_tile(Bs + turn * q * ldn, ldn, sb + row0 * n.ld + h * n.N, n.ld, valid, q, int(n.N), N);
+        load_tile(X, ldp, sx + row0 * n.ld + h * n.P, n.ld, valid, q, int(n.P), P);
+        float* at = vectors + turn * 4 * q;
+        if (warp == 0) chunk_cumsum(at, at + q, at + 2 * q, at + 3 * q, dt, dA, row0, h, n.H, valid, q);
+    };
+    fetch(0);
+    copies_done();
+    __syncthreads();  // tiles, vectors and the state operand are complete
     for (int64 chunk = 0; chunk < chunks; ++chunk) {
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
-        load_tile(C, ldn, sc + row0 * n.ld + h * n.N, n.ld, valid, q, int(n.N), N);
-        load_tile(Bt, ldn, sb + row0 * n.ld + h * n.N, n.ld, valid, q, int(n.N), N);
-        load_tile(X, ldp, sx + row0 * n.ld + h * n.P, n.ld, valid, q, int(n.P), P);
-        if (warp == 0) chunk_cumsum(cs, step, from_in, to_end, dt, dA, row0, h, n.H, valid, q);
+        const A* Bt = Bs + chunk % 2 * q * ldn;
+        const float *cs = vectors + chunk % 2 * 4 * q, *step = cs + q, *from_in = step + q, *to_end = from_in + q;
         if (chunk_states)
 #pragma unroll
             for (int i = 0; i < SU; ++i)
@@ -1056,8 +1174,6 @@ __global__ void __launch_bounds__(kSsdThreads)
                     for_pairs(i, [&](bool inside, int64 at, int, float& s0, float& s1) {
                         if (inside) store2(chunk_states + (bh * chunks + chunk) * PN + at, s0, s1);
                     });
-        copies_done();
-        __syncthreads();  // tiles, vectors and the state operand are complete
         for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
             const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
             if (col > row) continue;  // wholly above the diagonal (row and col are not read there)
@@ -1097,7 +1213,8 @@ __global__ void __launch_bounds__(kSsdThreads)
                         store2(Y + ((row0 + r) * n.H + h) * n.P + p, y.v[t][j], y.v[t][j + 1]);
                 }
         }
-        __syncthreads();  // the state operand has been read
+        __syncthreads();  // C, X and the state operand have been read
+        fetch(chunk + 1);
         const float all = from_in[q - 1];
 #pragma unroll
         for (int i = 0; i < SU; ++i)
@@ -1106,7 +1223,8 @@ __global__ void __launch_bounds__(kSsdThreads)
                 multiply<Layout::transposed, Layout::plain>(state[i], Xs + unit_row(i), ldp, Bt + unit_col(i), ldn, q);
                 for_pairs(i, [&](bool, int64, int tile_at, float& s0, float& s1) { store2(S + tile_at, s0, s1); });
             }
-        __syncthreads();  // C, B, X and the vectors have been read
+        copies_done();
+        __syncthreads();  // the next chunk's tiles and vectors and the state operand are complete; Xs has been read
     }
     if (S_T)
 #pragma unroll
@@ -1629,7 +1747,7 @@ __global__ void swiglu_forward_kernel(A* h, const A* gate_up, int64 n, int64 F) 
     load<W>(g, gate_up + r * 2 * F + f);
     load<W>(u, gate_up + r * 2 * F + F + f);
 #pragma unroll
-    for (int k = 0; k < W; ++k) u[k] *= g[k] / (1.0f + expf(-g[k]));
+    for (int k = 0; k < W; ++k) u[k] *= g[k] / (1.0f + exp_for<A>(-g[k]));
     store<W>(h + i, u);
 }
 template <class A>
@@ -1651,7 +1769,7 @@ __global__ void swiglu_backward_kernel(A* dgate_up, const A* dh, const A* gate_u
     load<W>(d, dh + i);
 #pragma unroll
     for (int k = 0; k < W; ++k) {
-        const float s = 1.0f / (1.0f + expf(-g[k]));
+        const float s = 1.0f / (1.0f + exp_for<A>(-g[k]));
         const float dg = d[k] * u[k] * s * (1.0f + g[k] * (1.0f - s));
         u[k] = d[k] * g[k] * s;
         g[k] = dg;
@@ -1689,7 +1807,7 @@ __global__ void __launch_bounds__(512)
         sum *= expf(top - largest);
         top = largest;
 #pragma unroll
-        for (int i = 0; i < W; ++i) sum += expf(f[i] - top);
+        for (int i = 0; i < W; ++i) sum += exp_for<A>(f[i] - top);
     }
     // Joins (top, sum) of two parts; a thread or warp that saw nothing has sum 0 and must not make inf - inf.
     const auto join = [&](float other_top, float other_sum) {
@@ -1717,7 +1835,7 @@ __global__ void __launch_bounds__(512)
         if (v < V) {
             load<W>(f, z + v);
 #pragma unroll
-            for (int i = 0; i < W; ++i) f[i] = expf(f[i] - lse) - (v + i == target ? 1.0f : 0.0f);
+            for (int i = 0; i < W; ++i) f[i] = exp_for<A>(f[i] - lse) - (v + i == target ? 1.0f : 0.0f);
         }
         store<W>(z + v, f);
     }
@@ -1752,17 +1870,31 @@ template <class A>
 __global__ void adamw_kernel(float* w, A* copy, float* m, float* v, const float* g, const AdamWTile* tiles, AdamWRates o) {
     const AdamWTile tile = tiles[blockIdx.x];
     const float decay = tile.decay ? o.weight_decay : 0.0f;
-#pragma unroll 4
-    for (int i = int(threadIdx.x); i < tile.count; i += int(blockDim.x)) {
+    const auto update = [&](auto width, int i) {
+        constexpr int W = decltype(width)::value;
         const int64 e = tile.offset + i;
-        const float gi = o.scale * g[e];
-        const float mi = o.beta1 * m[e] + o.one_beta1 * gi, vi = o.beta2 * v[e] + o.one_beta2 * gi * gi;
-        const float wi = w[e] - o.lr * (mi * o.correction1 / (sqrtf(vi * o.correction2) + o.eps) + decay * w[e]);
-        m[e] = mi;
-        v[e] = vi;
-        w[e] = wi;
-        if (tile.copy >= 0) copy[tile.copy + i] = from_float<A>(wi);
-    }
+        float wi[W], mi[W], vi[W], gi[W];
+        load<W>(wi, w + e);
+        load<W>(mi, m + e);
+        load<W>(vi, v + e);
+        load<W>(gi, g + e);
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+            gi[j] *= o.scale;
+            mi[j] = o.beta1 * mi[j] + o.one_beta1 * gi[j];
+            vi[j] = o.beta2 * vi[j] + o.one_beta2 * gi[j] * gi[j];
+            wi[j] -= o.lr * (mi[j] * o.correction1 / (sqrtf(vi[j] * o.correction2) + o.eps) + decay * wi[j]);
+        }
+        store<W>(w + e, wi);
+        store<W>(m + e, mi);
+        store<W>(v + e, vi);
+        if (tile.copy >= 0) store<W>(copy + tile.copy + i, wi);
+    };
+    if (tile.offset % 4 == 0 && tile.count % 4 == 0 && (tile.copy < 0 || tile.copy % 4 == 0))
+        for (int i = 4 * int(threadIdx.x); i < tile.count; i += 4 * int(blockDim.x))
+            update(std::integral_constant<int, 4>(), i);
+    else
+        for (int i = int(threadIdx.x); i < tile.count; i += int(blockDim.x)) update(std::integral_constant<int, 1>(), i);
 }
 // The copy alone, after weights were written from the host.
 template <class A>

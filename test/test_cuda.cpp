@@ -498,8 +498,10 @@ GPU_TEST("cuda: loss, logits and every gradient of the whole model equal the CPU
             const auto g = read_buffer(*gpu, Buffer::gradients);
             for (const ParamSpec& s : truth.table.specs) {
                 if (s.param == Param::A_log && !c.ssd_decay) continue;  // exactly zero
+                // One number per head: sums over all tokens that nearly cancel, so that what remains is small beside its parts.
+                const bool per_head = s.param == Param::A_log || s.param == Param::dt_bias;
                 CHECK_EQ(compare("gradient of " + s.name, g.data() + s.offset, truth.gradients.data() + s.offset, s.count,
-                                 exact ? 1e-3 : 0.15),
+                                 exact ? 1e-3 : per_head ? 0.5 : 0.15),
                          "");
             }
             double squares = 0;
@@ -550,7 +552,7 @@ GPU_TEST("cuda: a saved state goes on as if it had not been saved, and moves bet
     const Config c = small();
     TempDir tmp;
     const auto w = lively_weights(Precision::fp32, c);
-    const auto tokens = random_tokens(c.V, 24);
+    const auto tokens = random_tokens(c.V, 40);
     const auto gpu = make_cuda_engine(c, Precision::fp32), cpu = make_cpu_engine(c);
     gpu->write(Buffer::weights, w.data());
     cpu->write(Buffer::weights, w.data());
@@ -643,6 +645,7 @@ GPU_TEST("cuda: what cannot be done is one line that says why") {
     CHECK_ERROR(gpu->forward(bad.data(), tokens.data(), 1, 3), "token 29", "29");
     c.T = 1 << 14;
     c.D = 1024;
+    c.H = c.Hkv = 16;
     c.F = 65536;
     const auto large = make_cuda_engine(c, Precision::bf16);
     const std::vector<int32_t> many(size_t(1) << 21, 1);
