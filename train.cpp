@@ -1130,7 +1130,8 @@ struct Run {
         printf("  saved in         %s: %s, %slog.csv%s\n", dir.path.c_str(),
                (latest + (best == latest ? " (the latest and the best)" : " (the latest)")).c_str(),
                best.empty() || best == latest ? "" : (best + " (the best), ").c_str(), drawn ? ", loss.svg" : "");
-        printf("  sample           %s sample %s --prompt 'The '\n", shell_word(bin + "/ref_cpu").c_str(), out.c_str());
+        const bool on_cpu = engine.device().compare(0, 3, "CPU") == 0;
+        printf("  sample           %s sample %s --prompt 'The '\n", shell_word(bin + (on_cpu ? "/ref_cpu" : "/transxssm")).c_str(), out.c_str());
         printf("  %s %s --resume %s%s\n", finished ? "train longer    " : "resume          ",
                shell_word(program).c_str(), out.c_str(),
                finished ? format(" --steps %lld", (long long)std::min<int64>(2 * s.steps, INT32_MAX)).c_str() : "");

@@ -542,6 +542,16 @@ __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
 }
 
+// How many tokens came before: a number, or where it lies on the device. A decode step is recorded once and replayed, and
+// the position is what changes from step to step.
+struct Position {
+    int64 value;
+    const int64* device;
+    __host__ __device__ Position(int64 v) : value(v), device(nullptr) {}
+    __host__ __device__ Position(int64 v, const int64* d) : value(v), device(d) {}
+    __device__ int64 get() const { return device ? *device : value; }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 3  Embedding: x_r = E[token_r]
 // ---------------------------------------------------------------------------------------------------------------------
@@ -605,10 +615,10 @@ static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* st
 
 template <class A, int W>
 __global__ void rope_kernel(A* x, const float* cos, const float* sin, int64 n, int64 T, int64 H, int64 half, int64 ld,
-                            int64 pos0, float sign) {
+                            Position pos0, float sign) {
     const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
-    const int64 j = i % half, head = i / half % H, row = i / half / H, pos = pos0 + row % T;
+    const int64 j = i % half, head = i / half % H, row = i / half / H, pos = pos0.get() + row % T;
     A* lo = x + row * ld + head * 2 * half + j;
     float a[W], b[W], c[W], s[W], ra[W], rb[W];
     load<W>(a, lo);
@@ -625,7 +635,7 @@ __global__ void rope_kernel(A* x, const float* cos, const float* sin, int64 n, i
 }
 // H heads of d elements, in B*T rows `ld` apart, from position pos0 on; inverse undoes it (= backward).
 template <class A>
-static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int64 T, int64 H, int64 ld, int64 pos0,
+static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int64 T, int64 H, int64 ld, Position pos0,
                  bool inverse, cudaStream_t stream) {
     const int64 half = d / 2, n = B * T * H * half;
     const bool vectors = half % 8 == 0 && ld % 8 == 0 && uintptr_t(x) % 32 == 0;
@@ -647,7 +657,9 @@ static constexpr int64 kAttentionMaxP = 128;
 // summed before is scaled down. Powers of 2 in place of e: scores are multiplied by log2(e) / sqrt(P).
 template <class A, int kP>
 __global__ void __launch_bounds__(kAttentionThreads)
-    attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, float scale) {
+    attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, Position before,
+                             float scale) {
+    n.S = before.get() + n.T;
     constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* tile_q = reinterpret_cast<A*>(shared);
@@ -913,15 +925,17 @@ static size_t attention_shared(int tiles, int kP) {
 }
 template <class A, int kP>
 static void attention_forward_padded(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
-                                     cudaStream_t stream) {
+                                     Position before, cudaStream_t stream) {
     launch("attention_forward", attention_forward_kernel<A, kP>, ceil_div(n.T, kAttentionTile) * n.B * n.H,
-           kAttentionThreads, attention_shared<A>(5, kP), stream, y, lse, q, k, v, n, float(1 / std::sqrt(double(n.P))));
+           kAttentionThreads, attention_shared<A>(5, kP), stream, y, lse, q, k, v, n, before,
+           float(1 / std::sqrt(double(n.P))));
 }
+// `before` keys come before the first query: n.S is before + T.
 template <class A>
 static void attention_forward(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
-                              cudaStream_t stream) {
-    if (n.P <= 64) attention_forward_padded<A, 64>(y, lse, q, k, v, n, stream);
-    else attention_forward_padded<A, 128>(y, lse, q, k, v, n, stream);
+                              Position before, cudaStream_t stream) {
+    if (n.P <= 64) attention_forward_padded<A, 64>(y, lse, q, k, v, n, before, stream);
+    else attention_forward_padded<A, 128>(y, lse, q, k, v, n, before, stream);
 }
 template <class A, int kP>
 static void attention_backward_padded(A* dq, A* dk, A* dv, float* dyy, const A* dy, const A* q, const A* k, const A* v,
@@ -1037,7 +1051,7 @@ static void ssd_step(A* Y, float* S, const A* sc, const A* sb, const A* sx, cons
 // config.Q is for the reference. The backward needs S_in of every chunk: chunk_states (B,H,chunks,P,N) in fp32.
 //
 // Tiles are padded: N and P to multiples of 32. A token past the end has C = B = X = 0, dt = 0, dA = 0: it changes nothing.
-// kN and kP, where not 0, fix the padded sizes at compile time, which saves the index arithmetic.
+// kN and kP, where not 0, fix N and P at compile time, which saves index arithmetic and tests of edges.
 
 static constexpr int kSsdWarps = 8, kSsdThreads = 256;
 
@@ -1108,7 +1122,8 @@ template <class A, int SU, int kN, int kP>
 __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     ssd_forward_kernel(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
                        const float* dA, const float* S_0, SsdShape n, SsdTiles tiles) {
-    const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;
+    const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;  // of the tiles
+    const int real_N = kN ? kN : int(n.N), real_P = kP ? kP : int(n.P);             // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* C = reinterpret_cast<A*>(shared);  // (q,N)
@@ -1120,7 +1135,7 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     float* vectors = reinterpret_cast<float*>(G + q * ldq);  // cs, step, from_in, to_end (q), twice
 
     const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
-    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = n.P * n.N, chunks = (n.T + q - 1) / q;
+    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
     // The rows and columns of state unit i of this warp.
     const auto unit_row = [&](int i) { return (warp + kSsdWarps * i) % strips * 16; };
     const auto unit_col = [&](int i) { return (warp + kSsdWarps * i) / strips * 32; };
@@ -1133,14 +1148,14 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 const int p = unit_row(i) + acc_row() + 4 * j, k = unit_col(i) + 8 * t + acc_col();
-                f(p < n.P && k < n.N, int64(p) * n.N + k, p * ldn + k, state[i].v[t][j], state[i].v[t][j + 1]);
+                f(p < real_P && k < real_N, p * real_N + k, p * ldn + k, state[i].v[t][j], state[i].v[t][j + 1]);
             }
     };
 #pragma unroll
     for (int i = 0; i < SU; ++i) {
         state[i].zero();
         if (mine(i))
-            for_pairs(i, [&](bool inside, int64 at, int tile_at, float& s0, float& s1) {
+            for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
                 if (S_0 && inside) {
                     s0 = S_0[bh * PN + at];
                     s1 = S_0[bh * PN + at + 1];
@@ -1153,9 +1168,9 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
         if (chunk == chunks) return;
         const int64 row0 = b * n.T + chunk * q;
         const int valid = int(min(int64(q), n.T - chunk * q)), turn = int(chunk % 2);
-        load_tile(C, ldn, sc + row0 * n.ld + h * n.N, n.ld, valid, q, int(n.N), N);
-        load_tile(Bs + turn * q * ldn, ldn, sb + row0 * n.ld + h * n.N, n.ld, valid, q, int(n.N), N);
-        load_tile(X, ldp, sx + row0 * n.ld + h * n.P, n.ld, valid, q, int(n.P), P);
+        load_tile(C, ldn, sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        load_tile(Bs + turn * q * ldn, ldn, sb + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        load_tile(X, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
         float* at = vectors + turn * 4 * q;
         if (warp == 0) chunk_cumsum(at, at + q, at + 2 * q, at + 3 * q, dt, dA, row0, h, n.H, valid, q);
     };
@@ -1171,7 +1186,7 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 #pragma unroll
             for (int i = 0; i < SU; ++i)
                 if (mine(i))
-                    for_pairs(i, [&](bool inside, int64 at, int, float& s0, float& s1) {
+                    for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
                         if (inside) store2(chunk_states + (bh * chunks + chunk) * PN + at, s0, s1);
                     });
         for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
@@ -1209,8 +1224,8 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
                     const int r = row + acc_row() + 4 * j, p = col + 8 * t + acc_col();
-                    if (r < valid && p < n.P)
-                        store2(Y + ((row0 + r) * n.H + h) * n.P + p, y.v[t][j], y.v[t][j + 1]);
+                    if (r < valid && p < real_P)
+                        store2(Y + ((row0 + r) * n.H + h) * real_P + p, y.v[t][j], y.v[t][j + 1]);
                 }
         }
         __syncthreads();  // C, X and the state operand have been read
@@ -1221,7 +1236,7 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
             if (mine(i)) {
                 state[i].scale_rows(all, all);
                 multiply<Layout::transposed, Layout::plain>(state[i], Xs + unit_row(i), ldp, Bt + unit_col(i), ldn, q);
-                for_pairs(i, [&](bool, int64, int tile_at, float& s0, float& s1) { store2(S + tile_at, s0, s1); });
+                for_pairs(i, [&](bool, int, int tile_at, float& s0, float& s1) { store2(S + tile_at, s0, s1); });
             }
         copies_done();
         __syncthreads();  // the next chunk's tiles and vectors and the state operand are complete; Xs has been read
@@ -1230,7 +1245,7 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 #pragma unroll
         for (int i = 0; i < SU; ++i)
             if (mine(i))
-                for_pairs(i, [&](bool inside, int64 at, int, float& s0, float& s1) {
+                for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
                     if (inside) store2(S_T + bh * PN + at, s0, s1);
                 });
 }
@@ -1246,11 +1261,12 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 // The dot products use dC and dB in fp32, before they are rounded to A. Sums over the columns of a row come from several
 // units: each writes its own part, and they are added up in order.
 template <class A, int SU, int kN, int kP>
-__global__ void __launch_bounds__(kSsdThreads)
+__global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     ssd_backward_kernel(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
                         const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
                         const float* chunk_states, SsdShape n, SsdTiles tiles) {
-    const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;
+    const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;  // of the tiles
+    const int real_N = kN ? kN : int(n.N), real_P = kP ? kP : int(n.P);             // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* C = reinterpret_cast<A*>(shared);  // (q,N)
@@ -1269,7 +1285,7 @@ __global__ void __launch_bounds__(kSsdThreads)
     float* S_dot_dS = X_dXd + P / 32 * q;   // (8) parts of <S_out, dS>, one per warp
 
     const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
-    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = n.P * n.N, chunks = (n.T + q - 1) / q;
+    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
     const auto unit_row = [&](int i) { return (warp + kSsdWarps * i) % strips * 16; };
     const auto unit_col = [&](int i) { return (warp + kSsdWarps * i) / strips * 32; };
     const auto mine = [&](int i) { return warp + kSsdWarps * i < units; };
@@ -1280,7 +1296,7 @@ __global__ void __launch_bounds__(kSsdThreads)
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 const int p = unit_row(i) + acc_row() + 4 * j, k = unit_col(i) + 8 * t + acc_col();
-                f(p < n.P && k < n.N, int64(p) * n.N + k, p * ldn + k, state[i].v[t][j], state[i].v[t][j + 1]);
+                f(p < real_P && k < real_N, p * real_N + k, p * ldn + k, state[i].v[t][j], state[i].v[t][j + 1]);
             }
     };
     // Row sums of an output unit times the tile it belongs to, over the unit's 32 columns, into part[row].
@@ -1300,7 +1316,7 @@ __global__ void __launch_bounds__(kSsdThreads)
         }
     };
     // Writes an output unit to rows `ld` apart.
-    const auto write = [&](A* to, int64 ld, const Accumulator<4>& acc, int row, int col, int valid, int64 width) {
+    const auto write = [&](A* to, int64 ld, const Accumulator<4>& acc, int row, int col, int valid, int width) {
 #pragma unroll
         for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -1313,7 +1329,7 @@ __global__ void __launch_bounds__(kSsdThreads)
     for (int i = 0; i < SU; ++i) {
         state[i].zero();
         if (mine(i))
-            for_pairs(i, [&](bool inside, int64 at, int tile_at, float& s0, float& s1) {
+            for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
                 if (dS_T && inside) {
                     s0 = dS_T[bh * PN + at];
                     s1 = dS_T[bh * PN + at + 1];
@@ -1324,17 +1340,17 @@ __global__ void __launch_bounds__(kSsdThreads)
     for (int64 chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
-        const int64 c0 = row0 * n.ld + h * n.N, x0 = row0 * n.ld + h * n.P;
-        load_tile(C, ldn, sc + c0, n.ld, valid, q, int(n.N), N);
-        load_tile(Bt, ldn, sb + c0, n.ld, valid, q, int(n.N), N);
-        load_tile(X, ldp, sx + x0, n.ld, valid, q, int(n.P), P);
-        load_tile(dy, ldp, dY + (row0 * n.H + h) * n.P, n.H * n.P, valid, q, int(n.P), P);
+        const int64 c0 = row0 * n.ld + h * real_N, x0 = row0 * n.ld + h * real_P;
+        load_tile(C, ldn, sc + c0, n.ld, valid, q, real_N, N);
+        load_tile(Bt, ldn, sb + c0, n.ld, valid, q, real_N, N);
+        load_tile(X, ldp, sx + x0, n.ld, valid, q, real_P, P);
+        load_tile(dy, ldp, dY + (row0 * n.H + h) * real_P, n.H * real_P, valid, q, real_P, P);
         if (warp == 0) chunk_cumsum(cs, step, from_in, to_end, dt, dA, row0, h, n.H, valid, q);
         float from_in_dot = 0, new_dot = 0;  // this thread's parts of <S_in, dS> and of the sum over B_s . dB_s
 #pragma unroll
         for (int i = 0; i < SU; ++i)
             if (mine(i))
-                for_pairs(i, [&](bool inside, int64 at, int tile_at, float& s0, float& s1) {
+                for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
                     float s[2] = {0, 0};
                     if (inside) load<2>(s, chunk_states + (bh * chunks + chunk) * PN + at);
                     from_in_dot += s[0] * s0 + s[1] * s1;
@@ -1379,13 +1395,13 @@ __global__ void __launch_bounds__(kSsdThreads)
                 }
             multiply<Layout::transposed, Layout::plain>(acc, ME + row * ldq + row, ldq, C + row * ldn + col, ldn, q - row);
             row_dots(B_dB + col / 32 * q, acc, Bt, ldn, row, col);
-            write(dsb + c0, n.ld, acc, row, col, valid, n.N);
+            write(dsb + c0, n.ld, acc, row, col, valid, real_N);
             acc.zero();  // dC
             multiply<Layout::plain, Layout::plain>(acc, dy + row * ldp, ldp, S + col, ldn, P);
             acc.scale_rows(from_in[r0], from_in[r1]);
             multiply<Layout::plain, Layout::plain>(acc, ME + row * ldq, ldq, Bt + col, ldn, row + 16);
             row_dots(C_dC + col / 32 * q, acc, C, ldn, row, col);
-            write(dsc + c0, n.ld, acc, row, col, valid, n.N);
+            write(dsc + c0, n.ld, acc, row, col, valid, real_N);
         }
         for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
             const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
@@ -1396,7 +1412,7 @@ __global__ void __launch_bounds__(kSsdThreads)
             multiply<Layout::transposed, Layout::plain>(acc, MG + row * ldq + row, ldq, dy + row * ldp + col, ldp, q - row);
             row_dots(X_dXd + col / 32 * q, acc, X, ldp, row, col);
             acc.scale_rows(step[r0], step[r1]);
-            write(dsx + x0, n.ld, acc, row, col, valid, n.P);
+            write(dsx + x0, n.ld, acc, row, col, valid, real_P);
         }
         const float all = from_in[q - 1], part = warp_sum(all * from_in_dot + new_dot);
         if (lane_id() == 0) S_dot_dS[warp] = part;
@@ -1433,7 +1449,7 @@ __global__ void __launch_bounds__(kSsdThreads)
             if (mine(i)) {
                 state[i].scale_rows(all, all);
                 multiply<Layout::transposed, Layout::plain>(state[i], dy + unit_row(i), ldp, C + unit_col(i), ldn, q);
-                for_pairs(i, [&](bool, int64, int tile_at, float& s0, float& s1) { store2(dS + tile_at, s0, s1); });
+                for_pairs(i, [&](bool, int, int tile_at, float& s0, float& s1) { store2(dS + tile_at, s0, s1); });
             }
         __syncthreads();  // all tiles and vectors have been read
     }
@@ -1441,7 +1457,7 @@ __global__ void __launch_bounds__(kSsdThreads)
 #pragma unroll
         for (int i = 0; i < SU; ++i)
             if (mine(i))
-                for_pairs(i, [&](bool inside, int64 at, int, float& s0, float& s1) {
+                for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
                     if (inside) store2(dS_0 + bh * PN + at, s0, s1);
                 });
 }
@@ -1457,8 +1473,8 @@ static void ssd_forward_sized(A* Y, float* S_T, float* chunk_states, const A* sc
 template <class A>
 static void ssd_forward(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
                         const float* dA, const float* S_0, const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const auto f = t.q == 64 && t.N == 128 && t.P == 64  ? ssd_forward_sized<A, 2, 128, 64>
-                   : t.q == 64 && t.N == 64 && t.P == 64 ? ssd_forward_sized<A, 1, 64, 64>
+    const auto f = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_forward_sized<A, 2, 128, 64>
+                   : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_forward_sized<A, 1, 64, 64>
                    : t.units() <= 2 * kSsdWarps          ? ssd_forward_sized<A, 2, 0, 0>
                                                          : ssd_forward_sized<A, 8, 0, 0>;
     f(Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, n, t, stream);
@@ -1475,8 +1491,8 @@ template <class A>
 static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
                          const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
                          const float* chunk_states, const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const auto f = t.q == 64 && t.N == 128 && t.P == 64  ? ssd_backward_sized<A, 2, 128, 64>
-                   : t.q == 64 && t.N == 64 && t.P == 64 ? ssd_backward_sized<A, 1, 64, 64>
+    const auto f = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_backward_sized<A, 2, 128, 64>
+                   : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_backward_sized<A, 1, 64, 64>
                    : t.units() <= 2 * kSsdWarps          ? ssd_backward_sized<A, 2, 0, 0>
                                                          : ssd_backward_sized<A, 8, 0, 0>;
     f(dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, n, t, stream);
@@ -1489,11 +1505,11 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
 // x. These kernels join a residual with the norm after it (forward) and a norm with the residual around it (backward):
 // each tensor then crosses the memory bus once. They are bound by it.
 //
-// A block takes kRowGroup rows at a time; a thread owns W neighbouring columns of all of them, so that weights are read once
+// A block takes a few rows at a time; a thread owns W neighbouring columns of all of them, so that weights are read once
 // per group. Sums over a row: within warps by shuffles, across warps through shared memory. Two buffers take turns, so that
 // one barrier per group is enough: a thread is at most one group ahead.
 
-static constexpr int kRowGroup = 4;
+static constexpr int kRowGroup = 4, kBackwardRows = 2;  // the backward has more to keep in registers
 
 template <int R>
 __device__ inline void block_row_sums(float (&s)[R], float (*buffer)[8]) {  // buffer[R][8]; up to 8 warps
@@ -1637,31 +1653,37 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
 // dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x
 // dx and dout may be the same memory. partial (blocks, 2D): sums for dw_norm | dw_res, gathered in shared memory, where a
 // thread's W columns lie D/W apart so that neighbouring threads use different banks.
-template <class A, int W>
+// kKeep: D is at most one pass of the block, and what the first sum has read stays in registers for the second.
+template <class A, int W, bool kKeep>
 __global__ void norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x,
                                               const float* w_res, const float* w_norm, const float* rstd, int64 rows,
                                               int64 D, int64 block_rows) {
-    __shared__ float buffers[2][kRowGroup][8];
+    __shared__ float buffers[2][kBackwardRows][8];
     extern __shared__ float sums[];  // (2, W, D/W)
     const int64 stride = D / W, first = blockIdx.x * block_rows, last = min(rows, first + block_rows);
     for (int64 c = threadIdx.x; c < stride; c += blockDim.x)
         for (int i = 0; i < 2 * W; ++i) sums[i * stride + c] = 0;
     int turn = 0;
-    for (int64 r0 = first; r0 < last; r0 += kRowGroup, turn ^= 1) {
-        float dot[kRowGroup] = {};
+    for (int64 r0 = first; r0 < last; r0 += kBackwardRows, turn ^= 1) {
+        float dot[kBackwardRows] = {};
+        Pack<A, W> kept_x[kBackwardRows], kept_du[kBackwardRows], kept_dout[kBackwardRows];
+        const auto fetch = [&](int r, int64 at) {
+            kept_x[r] = *reinterpret_cast<const Pack<A, W>*>(x + at);
+            kept_du[r] = *reinterpret_cast<const Pack<A, W>*>(du + at);
+            if (dout) kept_dout[r] = *reinterpret_cast<const Pack<A, W>*>(dout + at);
+        };
         for (int64 c = int64(threadIdx.x) * W; c < D; c += int64(blockDim.x) * W) {
             float wn[W];
 #pragma unroll
+            for (int r = 0; r < kBackwardRows; ++r)
+                if (r0 + r < last) fetch(r, (r0 + r) * D + c);
+#pragma unroll
             for (int i = 0; i < W; ++i) wn[i] = w_norm[c + i];
 #pragma unroll
-            for (int r = 0; r < kRowGroup; ++r) {
-                if (r0 + r >= last) continue;
-                float xv[W], duv[W];
-                load<W>(xv, x + (r0 + r) * D + c);
-                load<W>(duv, du + (r0 + r) * D + c);
+            for (int r = 0; r < kBackwardRows; ++r)
+                if (r0 + r < last)
 #pragma unroll
-                for (int i = 0; i < W; ++i) dot[r] += duv[i] * wn[i] * xv[i];
-            }
+                    for (int i = 0; i < W; ++i) dot[r] += to_float(kept_du[r].v[i]) * wn[i] * to_float(kept_x[r].v[i]);
         }
         block_row_sums(dot, buffers[turn]);
         for (int64 c = int64(threadIdx.x) * W; c < D; c += int64(blockDim.x) * W) {
@@ -1672,19 +1694,19 @@ __global__ void norm_residual_backward_kernel(A* dx, float* partial, const A* do
                 if (dout) wr[i] = w_res[c + i];
             }
 #pragma unroll
-            for (int r = 0; r < kRowGroup; ++r) {
+            for (int r = 0; r < kBackwardRows; ++r) {
                 if (r0 + r >= last) continue;
                 const int64 at = (r0 + r) * D + c;
                 const float s = rstd[r0 + r], k = s * s * dot[r] / float(D);
-                float xv[W], duv[W], dov[W] = {}, dxv[W];
-                load<W>(xv, x + at);
-                load<W>(duv, du + at);
-                if (dout) load<W>(dov, dout + at);
+                if (!kKeep) fetch(r, at);
+                float dxv[W];
 #pragma unroll
                 for (int i = 0; i < W; ++i) {
-                    dxv[i] = wr[i] * dov[i] + s * (duv[i] * wn[i] - xv[i] * k);
-                    sum_norm[i] += duv[i] * xv[i] * s;
-                    sum_res[i] += dov[i] * xv[i];
+                    const float xi = to_float(kept_x[r].v[i]), dui = to_float(kept_du[r].v[i]);
+                    const float doi = dout ? to_float(kept_dout[r].v[i]) : 0.0f;
+                    dxv[i] = wr[i] * doi + s * (dui * wn[i] - xi * k);
+                    sum_norm[i] += dui * xi * s;
+                    sum_res[i] += doi * xi;
                 }
                 store<W>(dx + at, dxv);
             }
@@ -1707,9 +1729,12 @@ static void norm_residual_backward(A* dx, float* dw_norm, float* dw_res, float* 
                                    const A* x, const float* w_res, const float* w_norm, const float* rstd, int64 rows,
                                    int64 D, cudaStream_t stream) {
     const int W = D % 8 == 0 ? 8 : 1;
-    const int64 block_rows = round_up(ceil_div(rows, kPartialBlocks), kRowGroup), blocks = ceil_div(rows, block_rows);
+    const int64 block_rows = round_up(ceil_div(rows, kPartialBlocks), kBackwardRows), blocks = ceil_div(rows, block_rows);
     launch("norm_residual_backward",
-           W == 8 ? norm_residual_backward_kernel<A, 8> : norm_residual_backward_kernel<A, 1>, blocks, row_threads(D, W),
+           W == 1                         ? norm_residual_backward_kernel<A, 1, false>
+           : D <= row_threads(D, W) * W   ? norm_residual_backward_kernel<A, 8, true>
+                                          : norm_residual_backward_kernel<A, 8, false>,
+           blocks, row_threads(D, W),
            size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm, rstd, rows, D, block_rows);
     add_partials(dw_norm, dw_res, partial, blocks, 2 * D, D, stream);
 }
@@ -1947,11 +1972,11 @@ __global__ void gather_last_kernel(A* last, const A* u, int64 n, int64 T, int64 
 // k or v of new tokens into the cache: from rows `ld` apart to (sequence, position, width).
 template <class A>
 __global__ void append_cache_kernel(A* cache, const A* from, int64 n, int64 T, int64 width, int64 ld, int64 capacity,
-                                    int64 position) {
+                                    Position position) {
     const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const int64 r = i / width, c = i % width;
-    cache[(r / T * capacity + position + r % T) * width + c] = from[r * ld + c];
+    cache[(r / T * capacity + position.get() + r % T) * width + c] = from[r * ld + c];
 }
 template <class To, class From>
 __global__ void convert_kernel(To* to, const From* from, int64 n) {
@@ -2035,7 +2060,15 @@ struct CudaState : State {
     };
     std::vector<Layer> layers;
     Memory memory;
+    int64* device_position = nullptr;  // for decode steps, which are recorded
+    int64 steps = 0, graph_layout = -1;
+    cudaGraphExec_t graph = nullptr;
 
+    ~CudaState() override { drop_graph(); }
+    void drop_graph() {
+        if (graph) cudaGraphExecDestroy(graph);
+        graph = nullptr;
+    }
     CudaState(const Config& c, int64 sequences, int64 tokens) : layers(size_t(c.L)) {
         B = sequences;
         capacity = tokens;
@@ -2049,6 +2082,7 @@ struct CudaState : State {
 
   private:
     void take(Arena* arena, const Config& c) {
+        arena->take(&device_position, 1);
         for (int64 i = 0; i < c.L; ++i) {
             Layer& l = layers[size_t(i)];
             if (c.is_attention(i)) {
@@ -2125,7 +2159,7 @@ class Model {
     bool has_targets = false, dropout_on = false;
     DropoutKey dropout_key{};
     float *cos_qk = nullptr, *sin_qk = nullptr, *cos_cb = nullptr, *sin_cb = nullptr;
-    int64 rope_positions = 0;
+    int64 rope_positions = 0, layout_count = 0;  // how often memory was laid out anew
     // not needed after the op that reads it
     A *m, *dx, *dm, *du, *dy, *dh, *dproj, *dgate_up, *last;
     float *ddt, *ddA, *dyy, *partial, *logits32;
@@ -2159,7 +2193,9 @@ class Model {
     void carve(Arena*, int64 batch, int64 length, bool training);
     void prepare(int64 batch, int64 length, bool training);
     void extend_rope(int64 positions);
-    void mixer_forward(int64 layer, CudaState<A>* state, int64 pos0, bool training);
+    void layers_forward(CudaState<A>* state, Position before);
+    void decode(CudaState<A>* state);
+    void mixer_forward(int64 layer, CudaState<A>* state, Position before);
     void mixer_backward(int64 layer);
 };
 
@@ -2317,6 +2353,7 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
     }
     Arena real{activations.at(), 0};
     carve(&real, batch, length, training);
+    ++layout_count;
     carved = mode;
     carved_B = batch;
     carved_T = length;
@@ -2329,6 +2366,7 @@ void Model<A>::extend_rope(int64 positions) {
     qk.extend(config.P(), config.rope_theta, std::max(positions, 2 * rope_positions));
     cb.extend(config.N, config.rope_theta, qk.positions);
     CHECK_CUDA(cudaStreamSynchronize(stream));
+    ++layout_count;
     Arena plan;
     for (int pass = 0; pass < 2; ++pass) {
         plan.take(&cos_qk, int64(qk.cos.size()));
@@ -2390,25 +2428,8 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     }
     if (profile) profile->mark("upload", stream);
 
-    embedding_forward(layers[0].x, tokens, w(Param::word_embed), rows, D, stream);
-    residual_norm_forward<A>(nullptr, layers[0].u1, layers[0].rstd1, layers[0].x, nullptr, nullptr, w(Param::norm1, 0),
-                             c.norm_eps, {}, rows, D, stream);
-    for (int64 i = 0; i < c.L; ++i) {
-        LayerActivations<A>& a = layers[size_t(i)];
-        mixer_forward(i, state, pos0, training);
-        linear(m, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
-        residual_norm_forward(a.x_mid, a.u2, a.rstd2, a.x, m, w(Param::res1, i), w(Param::norm2, i), c.norm_eps,
-                              dropout(i, 0), rows, D, stream);
-        linear(a.gate_up, a.u2, matrix(Param::gate_proj, i), rows);
-        swiglu_forward(a.h, a.gate_up, rows, c.F, stream);
-        linear(m, a.h, matrix(Param::down_proj, i), rows);
-        // and the first norm of the next layer, or the final one
-        const bool end = i + 1 == c.L;
-        LayerActivations<A>* next = end ? nullptr : &layers[size_t(i + 1)];
-        residual_norm_forward(end ? x_final : next->x, end ? u_final : next->u1, end ? rstd_final : next->rstd1, a.x_mid,
-                              m, w(Param::res2, i), end ? w(Param::final_norm) : w(Param::norm1, i + 1), c.norm_eps,
-                              dropout(i, 1), rows, D, stream);
-    }
+    if (state && length == 1) decode(state);
+    else layers_forward(state, pos0);
     const Matrix& head = matrix(c.tie ? Param::word_embed : Param::lm_head, -1);
     if (state) {
         state->position += length;
@@ -2444,9 +2465,58 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     return total / double(rows);
 }
 
+// tokens -> u_final
+template <class A>
+void Model<A>::layers_forward(CudaState<A>* state, Position before) {
+    const Config& c = config;
+    const int64 rows = B * T, D = c.D;
+    embedding_forward(layers[0].x, tokens, w(Param::word_embed), rows, D, stream);
+    residual_norm_forward<A>(nullptr, layers[0].u1, layers[0].rstd1, layers[0].x, nullptr, nullptr, w(Param::norm1, 0),
+                             c.norm_eps, {}, rows, D, stream);
+    for (int64 i = 0; i < c.L; ++i) {
+        LayerActivations<A>& a = layers[size_t(i)];
+        mixer_forward(i, state, before);
+        linear(m, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
+        residual_norm_forward(a.x_mid, a.u2, a.rstd2, a.x, m, w(Param::res1, i), w(Param::norm2, i), c.norm_eps,
+                              dropout(i, 0), rows, D, stream);
+        linear(a.gate_up, a.u2, matrix(Param::gate_proj, i), rows);
+        swiglu_forward(a.h, a.gate_up, rows, c.F, stream);
+        linear(m, a.h, matrix(Param::down_proj, i), rows);
+        // and the first norm of the next layer, or the final one
+        const bool end = i + 1 == c.L;
+        LayerActivations<A>* next = end ? nullptr : &layers[size_t(i + 1)];
+        residual_norm_forward(end ? x_final : next->x, end ? u_final : next->u1, end ? rstd_final : next->rstd1, a.x_mid,
+                              m, w(Param::res2, i), end ? w(Param::final_norm) : w(Param::norm1, i + 1), c.norm_eps,
+                              dropout(i, 1), rows, D, stream);
+    }
+}
+
+// One token of each sequence. Its few hundred launches are small, and starting them one by one would take longer than they
+// run: they are recorded once as a graph, which is then replayed. It holds addresses, so that it is recorded again when
+// memory has moved.
+template <class A>
+void Model<A>::decode(CudaState<A>* state) {
+    const int64 position = state->position;
+    CHECK_CUDA(cudaMemcpyAsync(state->device_position, &position, sizeof position, cudaMemcpyHostToDevice, stream));
+    const Position before(position, state->device_position);
+    if (state->steps++ == 0 || profile) return layers_forward(state, before);  // cuBLASLt makes its plans
+    if (!state->graph || state->graph_layout != layout_count) {
+        state->drop_graph();
+        cudaGraph_t recorded = nullptr;
+        CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        layers_forward(state, before);
+        CHECK_CUDA(cudaStreamEndCapture(stream, &recorded));
+        const cudaError_t e = cudaGraphInstantiate(&state->graph, recorded, 0);
+        cudaGraphDestroy(recorded);
+        check(e, "cudaGraphInstantiate");
+        state->graph_layout = layout_count;
+    }
+    CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
+}
+
 // u1 -> y: one product makes C|B|X|dt_raw or q|k|v side by side; RoPE turns the first two in place.
 template <class A>
-void Model<A>::mixer_forward(int64 i, CudaState<A>* state, int64 pos0, bool training) {
+void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     const Config& c = config;
     LayerActivations<A>& a = layers[size_t(i)];
     typename CudaState<A>::Layer* past = state ? &state->layers[size_t(i)] : nullptr;
@@ -2457,28 +2527,27 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, int64 pos0, bool trai
     linear(a.proj, a.u1, projection, rows);
     if (attention) {
         A *q = a.proj, *k = q + H * P, *v = k + c.Hkv * P;
-        rope(q, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, pos0, false, stream);  // q and k are neighbours
-        AttentionShape n{B, T, T, H, c.Hkv, P, ld, ld, T * ld};
+        rope(q, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, before, false, stream);  // q and k are neighbours
+        AttentionShape n{B, T, before.value + T, H, c.Hkv, P, ld, ld, T * ld};
         if (past) {  // append to the cache and attend to all of it
-            n.S = pos0 + T;
             n.ld_kv = c.Hkv * P;
             n.seq_kv = state->capacity * n.ld_kv;
             for (const auto& part : {std::make_pair(past->k, k), std::make_pair(past->v, v)})
                 launch("append_cache", append_cache_kernel<A>, ceil_div(rows * n.ld_kv, 256), 256, 0, stream, part.first,
-                       part.second, rows * n.ld_kv, T, n.ld_kv, ld, state->capacity, pos0);
+                       part.second, rows * n.ld_kv, T, n.ld_kv, ld, state->capacity, before);
             k = past->k;
             v = past->v;
         }
-        attention_forward(a.y, a.lse, q, k, v, n, stream);
+        attention_forward(a.y, a.lse, q, k, v, n, before, stream);
         return;
     }
     A *sc = a.proj, *sb = sc + H * N, *sx = sb + H * N, *dt_raw = sx + H * P;
-    rope(sc, cos_cb, sin_cb, N, B, T, 2 * H, ld, pos0, false, stream);  // C and B are neighbours
+    rope(sc, cos_cb, sin_cb, N, B, T, 2 * H, ld, before, false, stream);  // C and B are neighbours
     ssd_dt_forward(a.dt, a.dA, dt_raw, w(Param::dt_bias, i), w(Param::A_log, i), c.ssd_decay, rows, H, ld, stream);
     const SsdShape n{B, T, H, P, N, c.Q, ld};
     float* S = past ? past->S : nullptr;
     if (past && T == 1) ssd_step(a.y, S, sc, sb, sx, a.dt, a.dA, n, stream);
-    else ssd_forward(a.y, S, training ? a.chunk_states : nullptr, sc, sb, sx, a.dt, a.dA, S, n, tiles, stream);
+    else ssd_forward(a.y, S, past ? nullptr : a.chunk_states, sc, sb, sx, a.dt, a.dA, S, n, tiles, stream);
 }
 
 // Adds scale * d(mean loss) to the gradients: the forward's lines from the last to the first.
@@ -2909,7 +2978,8 @@ void attention_forward(Precision precision, float* y, float* lse, const float* q
         Array<A> qd(q, n.B * n.T * n.ld_q), kd(together ? nullptr : k, together ? 0 : n.B * n.seq_kv),
             vd(together ? nullptr : v, together ? 0 : n.B * n.seq_kv), yd(nullptr, n.B * n.T * n.H * n.P);
         Array<float> ld(nullptr, n.B * n.T * n.H);
-        attention_forward<A>(yd, ld, qd, together ? qd + (k - q) : (A*)kd, together ? qd + (v - q) : (A*)vd, n, nullptr);
+        attention_forward<A>(yd, ld, qd, together ? qd + (k - q) : (A*)kd, together ? qd + (v - q) : (A*)vd, n, n.S - n.T,
+                             nullptr);
         yd.to(y);
         ld.to(lse);
     });
@@ -3019,7 +3089,7 @@ void cross_entropy(Precision precision, float* losses, float* logits, const int3
 }
 
 // "" if there is a GPU that this program can use, else why not.
-std::string problem(bool in_main) {
+std::string problem() {
     int count = 0, driver = 0;
     const cudaError_t e = cudaGetDeviceCount(&count);
     if (e == cudaErrorInsufficientDriver) {
@@ -3046,7 +3116,7 @@ std::string problem(bool in_main) {
     }
     if (major < 8) return format("the GPU is too old: compute capability %d.%d, at least 8.0 is needed", major, minor);
     cudaFuncAttributes f;
-    if (in_main && cudaFuncGetAttributes(&f, add_partials_kernel) != cudaSuccess) {
+    if (cudaFuncGetAttributes(&f, add_partials_kernel) != cudaSuccess) {
         cudaGetLastError();
         return format("this program was built for other GPUs: rebuild with make CUDA_ARCH=sm_%d%d", major, minor);
     }

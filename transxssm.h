@@ -200,8 +200,7 @@ std::unique_ptr<Engine> make_cpu_engine(const Config&);
 enum class Precision { fp32, bf16 };
 std::unique_ptr<Engine> make_cuda_engine(const Config&, Precision);
 namespace cuda {
-// "" if there is a GPU that can be used, else why not. Before main() the kernels are not registered yet: in_main false.
-std::string problem(bool in_main = true);
+std::string problem();                     // "" if there is a GPU that can be used, else why not
 int bench_command(int argc, char** argv);  // transxssm bench
 }  // namespace cuda
 
