@@ -904,10 +904,10 @@ class Progress {
             rate += 1 / std::max(1.0, rows[i].tokens_per_s) / double(n);
         }
         const std::string mfu = peak_share > 0 ? format("  MFU %.1f%%", 100 * peak_share / rate) : "";
-        const std::string line = format("%s  loss %.4f  lr %.2e  |grad| %.3f  %s tokens/s%s  ETA %s",
-                                        label(r.step).c_str(), loss, r.lr, r.grad_norm,
-                                        with_commas(llround(1 / rate)).c_str(), mfu.c_str(),
-                                        duration_text(per_step * double(last - r.step)).c_str());
+        const std::string line =
+            format("%s  loss %.4f  lr %.2e  |grad| %.3f  %s tokens/s%s  ETA %s", label(r.step).c_str(), loss, r.lr,
+                   r.grad_norm, with_commas(llround(1 / rate)).c_str(), mfu.c_str(),
+                   duration_text(per_step * double(last - r.step)).c_str());
         printf(terminal ? "\r\033[K%s" : "%s\n", line.c_str());
         fflush(stdout);
         moving = terminal;
@@ -1131,7 +1131,8 @@ struct Run {
                (latest + (best == latest ? " (the latest and the best)" : " (the latest)")).c_str(),
                best.empty() || best == latest ? "" : (best + " (the best), ").c_str(), drawn ? ", loss.svg" : "");
         const bool on_cpu = engine.device().compare(0, 3, "CPU") == 0;
-        printf("  sample           %s sample %s --prompt 'The '\n", shell_word(bin + (on_cpu ? "/ref_cpu" : "/transxssm")).c_str(), out.c_str());
+        printf("  sample           %s sample %s --prompt 'The '\n",
+               shell_word(bin + (on_cpu ? "/ref_cpu" : "/transxssm")).c_str(), out.c_str());
         printf("  %s %s --resume %s%s\n", finished ? "train longer    " : "resume          ",
                shell_word(program).c_str(), out.c_str(),
                finished ? format(" --steps %lld", (long long)std::min<int64>(2 * s.steps, INT32_MAX)).c_str() : "");

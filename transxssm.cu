@@ -1,7 +1,8 @@
 // transxssm.cu: the whole model on one NVIDIA GPU, forward and backward by hand, in the order of ref_cpu.cpp.
 //
-// READING GUIDE. Read ref_cpu.cpp first: it has the equations and why they hold. The sections here have the same numbers
-// and names; each op is its forward kernel, its backward kernel, and a launcher with the reference's argument order.
+// READING GUIDE. Read ref_cpu.cpp first: it has the equations and why they hold. The sections here have the same
+// numbers and names; each op is its forward kernel, its backward kernel, and a launcher with the reference's argument
+// order.
 //
 //   1  small helpers      errors, launches, vectors of 8 numbers, sums over a block
 //   2  matmul             cuBLASLt, wrapped once; and products of tiles on chip, for sections 6 and 7
@@ -20,15 +21,16 @@
 //  15  benchmark
 //  16  main
 //
-// NUMBERS. A, the type of activations, is __nv_bfloat16 (default) or float (for comparisons; no TF32 anywhere). Whatever A
-// is: sums, norms, softmax, dt, dA, cs, SSD states, losses, master weights, gradients and moments are fp32.
+// NUMBERS. A, the type of activations, is __nv_bfloat16 (default) or float (for comparisons; no TF32 anywhere).
+// Whatever A is: sums, norms, softmax, dt, dA, cs, SSD states, losses, master weights, gradients and moments are
+// fp32.
 //
-// SAME BITS EVERY RUN. No floating-point atomics. A sum that many blocks share is written as one partial sum per block, and
-// one more kernel adds those up in order. The order depends on shapes alone.
+// SAME BITS EVERY RUN. No floating-point atomics. A sum that many blocks share is written as one partial sum per
+// block, and one more kernel adds those up in order. The order depends on shapes alone.
 //
-// SIZES. Offsets are 64-bit. Matrix products are several times slower where rows do not begin at multiples of 8 elements.
-// The widths that often are no such multiple, of the mixer's projection and of the logits, are padded in memory: their rows
-// are ld = padded8(width) elements apart and end in zeros.
+// SIZES. Offsets are 64-bit. Matrix products are several times slower where rows do not begin at multiples of 8
+// elements. The widths that often are no such multiple, of the mixer's projection and of the logits, are padded in
+// memory: their rows are ld = padded8(width) elements apart and end in zeros.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -41,7 +43,8 @@
 
 #include "transxssm.h"
 
-#ifndef TRANSXSSM_MAIN  // the kernels take a minute to compile: main(), at the end, is compiled by itself and linked to them
+// The kernels take a minute to compile: main(), at the end, is compiled by itself and linked to them.
+#ifndef TRANSXSSM_MAIN
 
 namespace cuda {
 
@@ -85,10 +88,11 @@ template <class T>
 struct Same {
     using type = T;
 };
-// kernel<<<blocks, threads, shared, stream>>>(arguments), checked. Grids have one dimension, which may count to 2^31 - 1.
+// kernel<<<blocks, threads, shared, stream>>>(arguments), checked. Grids have one dimension, which may count to 2^31
+// - 1.
 template <class... P>
-static void launch(const char* name, void (*kernel)(P...), int64 blocks, int threads, size_t shared, cudaStream_t stream,
-                   typename Same<P>::type... arguments) {
+static void launch(const char* name, void (*kernel)(P...), int64 blocks, int threads, size_t shared,
+                   cudaStream_t stream, typename Same<P>::type... arguments) {
     if (blocks < 1 || blocks > INT32_MAX) fail("GPU: %s: %lld blocks: expected 1 to 2^31-1", name, (long long)blocks);
     if (shared > 48 * 1024) {
         const cudaError_t e =
@@ -116,8 +120,8 @@ __device__ inline bf16 from_float<bf16>(float x) {
     return __float2bfloat16(x);
 }
 
-// W neighbouring numbers, moved in as few instructions as their alignment (to W numbers) allows. Kernels that only stream
-// through memory are templates on W: 8 where rows are multiples of 8, else 1.
+// W neighbouring numbers, moved in as few instructions as their alignment (to W numbers) allows. Kernels that only
+// stream through memory are templates on W: 8 where rows are multiples of 8, else 1.
 template <class A, int W>
 struct alignas(sizeof(A) * W) Pack {
     A v[W];
@@ -170,10 +174,10 @@ __device__ inline float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// gradient[c] += sum over blocks of partial[block][c], c < columns; for `split` = 2 the columns are two halves that go to
-// two gradients. One block per 32 columns: 8 threads share a column, each adding every 8th partial sum.
-__global__ void add_partials_kernel(float* gradient, float* gradient2, const float* partial, int64 blocks, int64 columns,
-                                    int64 half) {
+// gradient[c] += sum over blocks of partial[block][c], c < columns; for `split` = 2 the columns are two halves that
+// go to two gradients. One block per 32 columns: 8 threads share a column, each adding every 8th partial sum.
+__global__ void add_partials_kernel(float* gradient, float* gradient2, const float* partial, int64 blocks,
+                                    int64 columns, int64 half) {
     __shared__ float sums[8][32];
     const int64 c = int64(blockIdx.x) * 32 + threadIdx.x % 32;
     const int part = int(threadIdx.x) / 32;
@@ -188,8 +192,8 @@ __global__ void add_partials_kernel(float* gradient, float* gradient2, const flo
     if (c < half) gradient[c] += s;
     else if (gradient2) gradient2[c - half] += s;
 }
-static void add_partials(float* gradient, float* gradient2, const float* partial, int64 blocks, int64 columns, int64 half,
-                         cudaStream_t stream) {
+static void add_partials(float* gradient, float* gradient2, const float* partial, int64 blocks, int64 columns,
+                         int64 half, cudaStream_t stream) {
     launch("add_partials", add_partials_kernel, ceil_div(columns, 32), 256, 0, stream, gradient, gradient2, partial,
            blocks, columns, half);
 }
@@ -203,9 +207,9 @@ static constexpr int64 kPartialBlocks = 1024;  // blocks that share a sum over r
 //      ours, by rows                       the same memory, by columns
 //      C (M,N) = A (M,K) B (K,N)     =     C' (N,M) = B' (N,K) A' (K,M)
 //
-// and it is enough to swap A and B and to pass N before M. An operand that we want transposed is one for them too. Of the
-// algorithms that the library's heuristic proposes the first is taken: a choice by rule, not by a race against the clock.
-// Reductions in place are excluded, the others add up in a fixed order.
+// and it is enough to swap A and B and to pass N before M. An operand that we want transposed is one for them too. Of
+// the algorithms that the library's heuristic proposes the first is taken: a choice by rule, not by a race against
+// the clock. Reductions in place are excluded, the others add up in a fixed order.
 
 class Blas {
   public:
@@ -231,14 +235,14 @@ class Blas {
     template <class C, class A>
     void matmul(const char* name, C* c, int64 ldc, const A* a, int64 lda, Layout la, const A* b, int64 ldb, Layout lb,
                 int64 M, int64 N, int64 K, float alpha, bool accumulate, cudaStream_t stream) {
-        const Key key{type<C>(), type<A>(), la,           lb,           M, N, K, lda, ldb, ldc,
-                      accumulate, alignment(a), alignment(b), alignment(c)};
+        const Key key{type<C>(), type<A>(),  la,           lb,           M,           N, K, lda, ldb,
+                      ldc,       accumulate, alignment(a), alignment(b), alignment(c)};
         auto it = plans.find(key);
         if (it == plans.end()) it = plans.emplace(key, plan(key)).first;
         const Plan& p = it->second;
         const float beta = accumulate ? 1.0f : 0.0f;
-        const cublasStatus_t s = cublasLtMatmul(handle, p.op, &alpha, b, p.b, a, p.a, &beta, c, p.c, c, p.c, &p.algorithm,
-                                                workspace, kWorkspace, stream);
+        const cublasStatus_t s = cublasLtMatmul(handle, p.op, &alpha, b, p.b, a, p.a, &beta, c, p.c, c, p.c,
+                                                &p.algorithm, workspace, kWorkspace, stream);
         if (s != CUBLAS_STATUS_SUCCESS)
             fail("cuBLASLt: %s, (%lld,%lld) = (%lld,%lld) (%lld,%lld): %s", name, (long long)M, (long long)N,
                  (long long)M, (long long)K, (long long)K, (long long)N, cublasLtGetStatusString(s));
@@ -315,12 +319,13 @@ class Blas {
 template <class Y, class A>
 static void linear_forward(Blas& blas, Y* y, int64 ldy, const A* x, const A* w, int64 rows, int64 in, int64 out,
                            cudaStream_t stream) {
-    blas.matmul("matmul y = x W'", y, ldy, x, in, Layout::plain, w, in, Layout::transposed, rows, out, in, 1, false, stream);
+    blas.matmul("matmul y = x W'", y, ldy, x, in, Layout::plain, w, in, Layout::transposed, rows, out, in, 1, false,
+                stream);
 }
 // dx (rows,in) = scale dy (rows,out) W
 template <class A>
-static void linear_backward_input(Blas& blas, A* dx, const A* dy, int64 ldy, const A* w, int64 rows, int64 in, int64 out,
-                                  float scale, cudaStream_t stream) {
+static void linear_backward_input(Blas& blas, A* dx, const A* dy, int64 ldy, const A* w, int64 rows, int64 in,
+                                  int64 out, float scale, cudaStream_t stream) {
     blas.matmul("matmul dx = dy W", dx, in, dy, ldy, Layout::plain, w, in, Layout::plain, rows, in, out, scale, false,
                 stream);
 }
@@ -333,16 +338,16 @@ static void linear_backward_weight(Blas& blas, float* dw, const A* dy, int64 ldy
 }
 
 // ---- Products of tiles in shared memory ------------------------------------------------------------------------------
-// Attention and SSD multiply tiles that never leave the chip. A warp owns 16 rows and 8 NT columns of an output and keeps
-// them in registers, distributed as the tensor cores' instruction m16n8k16 returns them:
+// Attention and SSD multiply tiles that never leave the chip. A warp owns 16 rows and 8 NT columns of an output and
+// keeps them in registers, distributed as the tensor cores' instruction m16n8k16 returns them:
 //
 //      columns  8t + 0 1 | 2 3 | 4 5 | 6 7          v[t][0], v[t][1]: row lane/4,     columns 8t + 2 (lane%4) + 0, 1
 //      row 0    lane   0 |  1  |  2  |  3           v[t][2], v[t][3]: row lane/4 + 8, the same columns
 //      row 1    lane   4 |  5  |  6  |  7
 //
-// multiply() is written twice, with tensor cores for bf16 and with plain multiply-adds for float; kernels do not see the
-// difference. Tiles have rows of (columns + kTilePad) elements, so that 8 rows lie in different banks. All sizes are
-// multiples of 16; what a matrix does not fill is zero.
+// multiply() is written twice, with tensor cores for bf16 and with plain multiply-adds for float; kernels do not see
+// the difference. Tiles have rows of (columns + kTilePad) elements, so that 8 rows lie in different banks. All sizes
+// are multiples of 16; what a matrix does not fill is zero.
 
 template <int NT>
 struct Accumulator {
@@ -387,9 +392,10 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const bf16* row) {
                      : "memory");
 }
 __device__ inline void mma16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // acc (16, 8 NT) += a (16,K) b (K, 8 NT). a and b point to the first element that takes part; a plain: element (m,k) is
@@ -434,9 +440,10 @@ __device__ inline void multiply(Accumulator<NT>& acc, const float* a, int lda, c
     }
 }
 
-// 16 rows of K columns of an operand a that is used again and again, or that an accumulator already holds. bf16: fragments in
-// registers. An accumulator's layout is that of the fragments, so that a product can go on into the next one without shared
-// memory. float: just where the rows are; an accumulator is first written to `patch` (16 x K, the warp's own).
+// 16 rows of K columns of an operand a that is used again and again, or that an accumulator already holds. bf16:
+// fragments in registers. An accumulator's layout is that of the fragments, so that a product can go on into the next
+// one without shared memory. float: just where the rows are; an accumulator is first written to `patch` (16 x K, the
+// warp's own).
 template <class A, int K>
 struct Rows;
 template <int K>
@@ -496,7 +503,8 @@ __device__ inline void multiply(Accumulator<NT>& acc, const Rows<bf16, K>& a, co
 #pragma unroll
         for (int t = 0; t < NT; t += 2) {
             uint32_t fb[4];
-            load_matrices<lb == Layout::plain>(fb, lb == Layout::plain ? pb + 16 * k * ldb + 8 * t : pb + 8 * t * ldb + 16 * k);
+            load_matrices<lb == Layout::plain>(
+                fb, lb == Layout::plain ? pb + 16 * k * ldb + 8 * t : pb + 8 * t * ldb + 16 * k);
             mma16816(acc.v[t], a.r[k], fb[0], fb[1]);
             mma16816(acc.v[t + 1], a.r[k], fb[2], fb[3]);
         }
@@ -530,20 +538,16 @@ __device__ inline void load_tile(A* tile, int tile_ld, const A* from, int64 ld, 
         }
     }
 }
-__device__ inline void copies_done() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
+__device__ inline void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // What was begun since the last commit is one group; waits until at most `later` groups are under way.
-__device__ inline void copies_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int later>
 __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
 }
 
-// How many tokens came before: a number, or where it lies on the device. A decode step is recorded once and replayed, and
-// the position is what changes from step to step.
+// How many tokens came before: a number, or where it lies on the device. A decode step is recorded once and replayed,
+// and the position is what changes from step to step.
 struct Position {
     int64 value;
     const int64* device;
@@ -562,13 +566,15 @@ __global__ void embedding_forward_kernel(A* x, const int32_t* tokens, const floa
     if (i < n) x[i] = from_float<A>(embed[int64(tokens[i / D]) * D + i % D]);
 }
 template <class A>
-static void embedding_forward(A* x, const int32_t* tokens, const float* embed, int64 rows, int64 D, cudaStream_t stream) {
+static void embedding_forward(A* x, const int32_t* tokens, const float* embed, int64 rows, int64 D,
+                              cudaStream_t stream) {
     launch("embedding_forward", embedding_forward_kernel<A>, ceil_div(rows * D, 256), 256, 0, stream, x, tokens, embed,
            rows * D, D);
 }
 
-// dE[token] += sum of dx_r over the rows r of that token, in their order. The host has sorted the rows by token: `order` lists
-// them, the rows of the i-th distinct token are order[start[i]] .. order[start[i+1] - 1]. One block per distinct token.
+// dE[token] += sum of dx_r over the rows r of that token, in their order. The host has sorted the rows by token:
+// `order` lists them, the rows of the i-th distinct token are order[start[i]] .. order[start[i+1] - 1]. One block per
+// distinct token.
 template <class A>
 __global__ void embedding_backward_kernel(float* dembed, const A* dx, const int32_t* tokens, const int32_t* order,
                                           const int32_t* start, int64 D) {
@@ -584,8 +590,8 @@ __global__ void embedding_backward_kernel(float* dembed, const A* dx, const int3
 template <class A>
 static void embedding_backward(float* dembed, const A* dx, const int32_t* tokens, const int32_t* order,
                                const int32_t* start, int64 distinct, int64 D, cudaStream_t stream) {
-    launch("embedding_backward", embedding_backward_kernel<A>, distinct, 256, 0, stream, dembed, dx, tokens, order, start,
-           D);
+    launch("embedding_backward", embedding_backward_kernel<A>, distinct, 256, 0, stream, dembed, dx, tokens, order,
+           start, D);
 }
 // The host's part: rows sorted by token (stable), and where each distinct token begins. Returns how many there are.
 static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* start, const std::vector<int32_t>& tokens,
@@ -639,22 +645,23 @@ static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int
                  bool inverse, cudaStream_t stream) {
     const int64 half = d / 2, n = B * T * H * half;
     const bool vectors = half % 8 == 0 && ld % 8 == 0 && uintptr_t(x) % 32 == 0;
-    launch("rope", vectors ? rope_kernel<A, 8> : rope_kernel<A, 1>, ceil_div(n, vectors ? 2048 : 256), 256, 0, stream, x,
-           cos, sin, n, T, H, half, ld, pos0, inverse ? -1.0f : 1.0f);
+    launch("rope", vectors ? rope_kernel<A, 8> : rope_kernel<A, 1>, ceil_div(n, vectors ? 2048 : 256), 256, 0, stream,
+           x, cos, sin, n, T, H, half, ld, pos0, inverse ? -1.0f : 1.0f);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 6  Attention: y_t = sum_{s<=t} p_ts v_s,  p_t = softmax_s(q_t . k_s / sqrt(P))
 // ---------------------------------------------------------------------------------------------------------------------
-// Tiles of 64 queries by 64 keys; scores exist on chip only. 4 warps, 16 rows each. Tiles wholly in the future are skipped.
-// kP is P padded to 64 or 128. Compute-bound: 4 P T^2/2 operations per head against 4 P T numbers moved.
+// Tiles of 64 queries by 64 keys; scores exist on chip only. 4 warps, 16 rows each. Tiles wholly in the future are
+// skipped. kP is P padded to 64 or 128. Compute-bound: 4 P T^2/2 operations per head against 4 P T numbers moved.
 
 static constexpr int kAttentionTile = 64, kAttentionThreads = 128;
 static constexpr int64 kAttentionMaxP = 128;
 
-// One block per tile of queries of one (sequence, head), the longest first. Shared: tiles of q, and of k and v twice, so that the
-// next ones arrive while these are worked on. Online softmax: `top` is the largest score so far; when it grows, what was
-// summed before is scaled down. Powers of 2 in place of e: scores are multiplied by log2(e) / sqrt(P).
+// One block per tile of queries of one (sequence, head), the longest first. Shared: tiles of q, and of k and v twice,
+// so that the next ones arrive while these are worked on. Online softmax: `top` is the largest score so far; when it
+// grows, what was summed before is scaled down. Powers of 2 in place of e: scores are multiplied by log2(e) /
+// sqrt(P).
 template <class A, int kP>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, Position before,
@@ -768,8 +775,8 @@ __global__ void attention_dot_kernel(float* dyy, const A* dy, const A* y, int64 
     if (lane_id() == 0) dyy[i] = s;
 }
 
-// One block per tile of keys of one (sequence, key/value head); it walks over the heads of the group and the queries from
-// the diagonal on. Rows of the accumulators are keys, columns are queries.
+// One block per tile of keys of one (sequence, key/value head); it walks over the heads of the group and the queries
+// from the diagonal on. Rows of the accumulators are keys, columns are queries.
 template <class A, int kP>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_backward_kv_kernel(A* dk, A* dv, const A* dy, const A* q, const A* k, const A* v, const float* lse,
@@ -830,8 +837,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll
             for (int c = 0; c < kTile / 8; ++c)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    dz.v[c][i] = p.v[c][i] * (dz.v[c][i] - tile_dyy[8 * c + acc_col() + i % 2]);
+                for (int i = 0; i < 4; ++i) dz.v[c][i] = p.v[c][i] * (dz.v[c][i] - tile_dyy[8 * c + acc_col() + i % 2]);
             operand.take(dz, patch);
             multiply<Layout::plain>(acc_dk, operand, tile_q, ld);
         }
@@ -920,7 +926,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 template <class A>
 static size_t attention_shared(int tiles, int kP) {
-    return sizeof(A) * size_t(kAttentionTile * tiles * (kP + kTilePad<A>) + 4 * kPatch<A>) +
+    return sizeof(A) * size_t(kAttentionTile * tiles * (kP + kTilePad<A>)+4 * kPatch<A>) +
            2 * kAttentionTile * sizeof(float);
 }
 template <class A, int kP>
@@ -980,12 +986,12 @@ static void ssd_dt_forward(float* dt, float* dA, const A* dt_raw, const float* d
 }
 
 // Each block takes `block_rows` rows, one thread per head (and again, H threads at a time, if there are more heads).
-// partial (blocks, 2H): sums for dt_bias | A_log. `pad` elements after each row of ddt_raw are set to zero: they are read
-// by a matrix product whose inner dimension is padded.
+// partial (blocks, 2H): sums for dt_bias | A_log. `pad` elements after each row of ddt_raw are set to zero: they are
+// read by a matrix product whose inner dimension is padded.
 template <class A>
 __global__ void ssd_dt_backward_kernel(A* ddt_raw, float* partial, const float* ddt, const float* ddA, const A* dt_raw,
-                                       const float* dt_bias, const float* A_log, const float* dA, bool decay, int64 rows,
-                                       int64 H, int64 ld, int64 pad, int64 block_rows) {
+                                       const float* dt_bias, const float* A_log, const float* dA, bool decay,
+                                       int64 rows, int64 H, int64 ld, int64 pad, int64 block_rows) {
     const int64 first = blockIdx.x * block_rows, last = min(rows, first + block_rows);
     for (int64 h = threadIdx.x; h < H + pad; h += blockDim.x) {
         if (h >= H) {
@@ -1009,8 +1015,9 @@ __global__ void ssd_dt_backward_kernel(A* ddt_raw, float* partial, const float* 
 }
 template <class A>
 static void ssd_dt_backward(A* ddt_raw, float* ddt_bias, float* dA_log, float* partial, const float* ddt,
-                            const float* ddA, const A* dt_raw, const float* dt_bias, const float* A_log, const float* dA,
-                            bool decay, int64 rows, int64 H, int64 ld, int64 pad, cudaStream_t stream) {
+                            const float* ddA, const A* dt_raw, const float* dt_bias, const float* A_log,
+                            const float* dA, bool decay, int64 rows, int64 H, int64 ld, int64 pad,
+                            cudaStream_t stream) {
     const int64 block_rows = ceil_div(rows, kPartialBlocks), blocks = ceil_div(rows, block_rows);
     launch("ssd_dt_backward", ssd_dt_backward_kernel<A>, blocks, int(std::min<int64>(256, round_up(H + pad, 32))), 0,
            stream, ddt_raw, partial, ddt, ddA, dt_raw, dt_bias, A_log, dA, decay, rows, H, ld, pad, block_rows);
@@ -1018,8 +1025,8 @@ static void ssd_dt_backward(A* ddt_raw, float* ddt_bias, float* dA_log, float* p
 }
 
 // ---- 7a  Recurrent: the decode step ----------------------------------------------------------------------------------
-// One token of each sequence, S (B,H,P,N) advanced in place. One warp per row p of a state: it reads and writes each state
-// once, which is the limit.
+// One token of each sequence, S (B,H,P,N) advanced in place. One warp per row p of a state: it reads and writes each
+// state once, which is the limit.
 template <class A>
 __global__ void ssd_step_kernel(A* Y, float* S, const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
                                 SsdShape n) {
@@ -1045,13 +1052,14 @@ static void ssd_step(A* Y, float* S, const A* sc, const A* sb, const A* sx, cons
 }
 
 // ---- 7c  Chunked ------------------------------------------------------------------------------------------------------
-// One block of 8 warps sweeps the chunks of one (sequence, head). The state stays in registers: it is cut into units of 16 x
-// 32 numbers, and unit u belongs to warp u % 8 for the whole sweep. C, B, X are read once, Y is written once, and no Q x Q
-// matrix leaves the chip. The chunk length is this kernel's own (SsdTiles::q), since the result does not depend on it;
-// config.Q is for the reference. The backward needs S_in of every chunk: chunk_states (B,H,chunks,P,N) in fp32.
+// One block of 8 warps sweeps the chunks of one (sequence, head), or of a segment of them. The state stays in
+// registers: it is cut into units of 16 x 32 numbers, and unit u belongs to warp u % 8 for the whole sweep. C, B, X
+// are read once, Y is written once, and no Q x Q matrix leaves the chip. The chunk length is this kernel's own
+// (SsdTiles::q), since the result does not depend on it; config.Q is for the reference. The backward needs S_in of
+// every chunk: chunk_states (B,H,chunks,P,N) in fp32.
 //
-// Tiles are padded: N and P to multiples of 32. A token past the end has C = B = X = 0, dt = 0, dA = 0: it changes nothing.
-// kN and kP, where not 0, fix N and P at compile time, which saves index arithmetic and tests of edges.
+// Tiles are padded: N and P to multiples of 32. A token past the end has C = B = X = 0, dt = 0, dA = 0: it changes
+// nothing. kN and kP, where not 0, fix N and P at compile time, which saves index arithmetic and tests of edges.
 
 static constexpr int kSsdWarps = 8, kSsdThreads = 256;
 
@@ -1118,30 +1126,35 @@ __device__ inline float chunk_decay(const float* cs, int t, int s) {
 //     G   = M o C B^T dt              (q,q)      rows in strips of 16, columns in groups of 32; nothing above the diagonal
 //     Y   = from_in S_in C + G X      (q,P)
 //     S   = exp(cs_last) S + (to_end dt X)^T B   (P,N)
-template <class A, int SU, int kN, int kP>
+template <class A, int SU, int kN, int kP, bool kStateOnly>
 __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     ssd_forward_kernel(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
-                       const float* dA, const float* S_0, SsdShape n, SsdTiles tiles) {
+                       const float* dA, const float* S_0, float* log_decays, SsdShape n, SsdTiles tiles,
+                       int64 segments) {
     const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;  // of the tiles
     const int real_N = kN ? kN : int(n.N), real_P = kP ? kP : int(n.P);             // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
-    A* C = reinterpret_cast<A*>(shared);  // (q,N)
-    A* Bs = C + q * ldn;                  // (q,N) twice: chunks take turns
-    A* X = Bs + 2 * q * ldn;              // (q,P)
-    A* Xs = X + q * ldp;                  // (q,P) to_end dt X
-    A* S = Xs + q * ldp;                  // (P,N) the state as an operand
-    A* G = S + P * ldn;                   // (q,q)
+    A* C = reinterpret_cast<A*>(shared);                     // (q,N)
+    A* Bs = C + q * ldn;                                     // (q,N) twice: chunks take turns
+    A* X = Bs + 2 * q * ldn;                                 // (q,P)
+    A* Xs = X + q * ldp;                                     // (q,P) to_end dt X
+    A* S = Xs + q * ldp;                                     // (P,N) the state as an operand
+    A* G = S + P * ldn;                                      // (q,q)
     float* vectors = reinterpret_cast<float*>(G + q * ldq);  // cs, step, from_in, to_end (q), twice
 
     const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
-    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
+    const int64 bh = blockIdx.x / segments, segment = blockIdx.x % segments, b = bh / n.H, h = bh % n.H;
+    const int64 PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q,
+                per_segment = (chunks + segments - 1) / segments;
+    const int64 first_chunk = segment * per_segment, end_chunk = min(chunks, first_chunk + per_segment);
     // The rows and columns of state unit i of this warp.
     const auto unit_row = [&](int i) { return (warp + kSsdWarps * i) % strips * 16; };
     const auto unit_col = [&](int i) { return (warp + kSsdWarps * i) / strips * 32; };
     const auto mine = [&](int i) { return warp + kSsdWarps * i < units; };
     Accumulator<4> state[SU];
-    // Calls f(element index in the real (P,N) matrix, tile offset, value 0, value 1) for each pair that this thread has.
+    // Calls f(element index in the real (P,N) matrix, tile offset, value 0, value 1) for each pair that this thread
+    // has.
     const auto for_pairs = [&](int i, auto f) {
 #pragma unroll
         for (int t = 0; t < 4; ++t)
@@ -1157,27 +1170,28 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
         if (mine(i))
             for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
                 if (S_0 && inside) {
-                    s0 = S_0[bh * PN + at];
-                    s1 = S_0[bh * PN + at + 1];
+                    s0 = S_0[blockIdx.x * PN + at];
+                    s1 = S_0[blockIdx.x * PN + at + 1];
                 }
                 store2(S + tile_at, s0, s1);
             });
     }
     // Begins to bring a chunk's tiles and vectors. C, X: nobody may need the last ones any more.
     const auto fetch = [&](int64 chunk) {
-        if (chunk == chunks) return;
+        if (chunk >= end_chunk) return;
         const int64 row0 = b * n.T + chunk * q;
         const int valid = int(min(int64(q), n.T - chunk * q)), turn = int(chunk % 2);
-        load_tile(C, ldn, sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        if (!kStateOnly) load_tile(C, ldn, sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
         load_tile(Bs + turn * q * ldn, ldn, sb + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
         load_tile(X, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
         float* at = vectors + turn * 4 * q;
         if (warp == 0) chunk_cumsum(at, at + q, at + 2 * q, at + 3 * q, dt, dA, row0, h, n.H, valid, q);
     };
-    fetch(0);
+    float log_decay = 0;  // of the whole segment
+    fetch(first_chunk);
     copies_done();
     __syncthreads();  // tiles, vectors and the state operand are complete
-    for (int64 chunk = 0; chunk < chunks; ++chunk) {
+    for (int64 chunk = first_chunk; chunk < end_chunk; ++chunk) {
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
         const A* Bt = Bs + chunk % 2 * q * ldn;
@@ -1189,7 +1203,8 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
                     for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
                         if (inside) store2(chunk_states + (bh * chunks + chunk) * PN + at, s0, s1);
                     });
-        for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
+        log_decay += cs[q - 1];
+        for (int u = kStateOnly ? INT_MAX / 2 : warp; u < q / 16 * (q / 32); u += kSsdWarps) {
             const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
             if (col > row) continue;  // wholly above the diagonal (row and col are not read there)
             Accumulator<4> g;
@@ -1212,7 +1227,7 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
             store2(Xs + s * ldp + p, f * x[0], f * x[1]);
         }
         __syncthreads();  // G and Xs are complete
-        for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
+        for (int u = kStateOnly ? INT_MAX / 2 : warp; u < q / 16 * (P / 32); u += kSsdWarps) {
             const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
             Accumulator<4> y;
             y.zero();
@@ -1241,12 +1256,13 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
         copies_done();
         __syncthreads();  // the next chunk's tiles and vectors and the state operand are complete; Xs has been read
     }
-    if (S_T)
+    if (kStateOnly && threadIdx.x == 0) log_decays[blockIdx.x] = log_decay;
+    if (kStateOnly || (S_T && segment == segments - 1))
 #pragma unroll
         for (int i = 0; i < SU; ++i)
             if (mine(i))
                 for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
-                    if (inside) store2(S_T + bh * PN + at, s0, s1);
+                    if (inside) store2(S_T + (kStateOnly ? int64(blockIdx.x) : bh) * PN + at, s0, s1);
                 });
 }
 
@@ -1258,13 +1274,13 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 //     dS   = exp(cs_last) dS + (from_in dY)^T C                                        (P,N)
 //     dcs_t = C_t . dC_t - B_t . dB_t;   ddA_u = sum_{t>=u} dcs_t + <S_out, dS>
 //     <S_out, dS> = exp(cs_last) <S_in, dS> + sum_s B_s . (the state's part of dB_s)
-// The dot products use dC and dB in fp32, before they are rounded to A. Sums over the columns of a row come from several
-// units: each writes its own part, and they are added up in order.
-template <class A, int SU, int kN, int kP>
+// The dot products use dC and dB in fp32, before they are rounded to A. Sums over the columns of a row come from
+// several units: each writes its own part, and they are added up in order.
+template <class A, int SU, int kN, int kP, bool kStateOnly>
 __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     ssd_backward_kernel(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
                         const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
-                        const float* chunk_states, SsdShape n, SsdTiles tiles) {
+                        const float* chunk_states, float* log_decays, SsdShape n, SsdTiles tiles, int64 segments) {
     const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;  // of the tiles
     const int real_N = kN ? kN : int(n.N), real_P = kP ? kP : int(n.P);             // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
@@ -1279,13 +1295,16 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
     A* ME = MG + q * ldq;                 // (q,q)
     float* cs = reinterpret_cast<float*>(ME + q * ldq);
     float *step = cs + q, *from_in = step + q, *to_end = from_in + q;
-    float* C_dC = to_end + q;               // (N/32, q) parts of C_t . dC_t
-    float* B_dB = C_dC + N / 32 * q;        // (N/32, q)
-    float* X_dXd = B_dB + N / 32 * q;       // (P/32, q)
-    float* S_dot_dS = X_dXd + P / 32 * q;   // (8) parts of <S_out, dS>, one per warp
+    float* C_dC = to_end + q;              // (N/32, q) parts of C_t . dC_t
+    float* B_dB = C_dC + N / 32 * q;       // (N/32, q)
+    float* X_dXd = B_dB + N / 32 * q;      // (P/32, q)
+    float* S_dot_dS = X_dXd + P / 32 * q;  // (8) parts of <S_out, dS>, one per warp
 
     const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
-    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
+    const int64 bh = blockIdx.x / segments, segment = blockIdx.x % segments, b = bh / n.H, h = bh % n.H;
+    const int64 PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q,
+                per_segment = (chunks + segments - 1) / segments;
+    const int64 first_chunk = segment * per_segment, end_chunk = min(chunks, first_chunk + per_segment);
     const auto unit_row = [&](int i) { return (warp + kSsdWarps * i) % strips * 16; };
     const auto unit_col = [&](int i) { return (warp + kSsdWarps * i) / strips * 32; };
     const auto mine = [&](int i) { return warp + kSsdWarps * i < units; };
@@ -1331,25 +1350,28 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
         if (mine(i))
             for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
                 if (dS_T && inside) {
-                    s0 = dS_T[bh * PN + at];
-                    s1 = dS_T[bh * PN + at + 1];
+                    s0 = dS_T[blockIdx.x * PN + at];
+                    s1 = dS_T[blockIdx.x * PN + at + 1];
                 }
                 store2(dS + tile_at, s0, s1);
             });
     }
-    for (int64 chunk = chunks - 1; chunk >= 0; --chunk) {
+    float log_decay = 0;  // of the whole segment
+    for (int64 chunk = end_chunk - 1; chunk >= first_chunk; --chunk) {
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
         const int64 c0 = row0 * n.ld + h * real_N, x0 = row0 * n.ld + h * real_P;
         load_tile(C, ldn, sc + c0, n.ld, valid, q, real_N, N);
-        load_tile(Bt, ldn, sb + c0, n.ld, valid, q, real_N, N);
-        load_tile(X, ldp, sx + x0, n.ld, valid, q, real_P, P);
+        if (!kStateOnly) {
+            load_tile(Bt, ldn, sb + c0, n.ld, valid, q, real_N, N);
+            load_tile(X, ldp, sx + x0, n.ld, valid, q, real_P, P);
+        }
         load_tile(dy, ldp, dY + (row0 * n.H + h) * real_P, n.H * real_P, valid, q, real_P, P);
         if (warp == 0) chunk_cumsum(cs, step, from_in, to_end, dt, dA, row0, h, n.H, valid, q);
         float from_in_dot = 0, new_dot = 0;  // this thread's parts of <S_in, dS> and of the sum over B_s . dB_s
 #pragma unroll
         for (int i = 0; i < SU; ++i)
-            if (mine(i))
+            if (!kStateOnly && mine(i))
                 for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
                     float s[2] = {0, 0};
                     if (inside) load<2>(s, chunk_states + (bh * chunks + chunk) * PN + at);
@@ -1358,85 +1380,92 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
                 });
         copies_done();
         __syncthreads();  // tiles, vectors, S and dS are complete
-        for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
-            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
-            Accumulator<4> g, e;
-            g.zero();
-            e.zero();
-            if (col <= row + 15) {
-                multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
-                multiply<Layout::plain, Layout::transposed>(e, dy + row * ldp, ldp, X + col * ldp, ldp, P);
+        if (!kStateOnly) {
+            for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
+                const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
+                Accumulator<4> g, e;
+                g.zero();
+                e.zero();
+                if (col <= row + 15) {
+                    multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
+                    multiply<Layout::plain, Layout::transposed>(e, dy + row * ldp, ldp, X + col * ldp, ldp, P);
+                }
+#pragma unroll
+                for (int t = 0; t < 4; ++t)
+#pragma unroll
+                    for (int j = 0; j < 4; j += 2) {
+                        const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
+                        const float m0 = chunk_decay(cs, r, s), m1 = chunk_decay(cs, r, s + 1);
+                        store2(MG + r * ldq + s, m0 * g.v[t][j], m1 * g.v[t][j + 1]);
+                        store2(ME + r * ldq + s, m0 * e.v[t][j] * step[s], m1 * e.v[t][j + 1] * step[s + 1]);
+                    }
             }
+            __syncthreads();  // MG and ME are complete
+            // The rows of an output strip meet rows t >= row of MG and ME (transposed products) or columns s <= row +
+            // 15.
+            for (int u = warp; u < q / 16 * (N / 32); u += kSsdWarps) {
+                const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
+                Accumulator<4> acc;
+                acc.zero();  // dB
+                multiply<Layout::plain, Layout::plain>(acc, X + row * ldp, ldp, dS + col, ldn, P);
+                acc.scale_rows(to_end[r0] * step[r0], to_end[r1] * step[r1]);
 #pragma unroll
-            for (int t = 0; t < 4; ++t)
+                for (int t = 0; t < 4; ++t)
 #pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
-                    const float m0 = chunk_decay(cs, r, s), m1 = chunk_decay(cs, r, s + 1);
-                    store2(MG + r * ldq + s, m0 * g.v[t][j], m1 * g.v[t][j + 1]);
-                    store2(ME + r * ldq + s, m0 * e.v[t][j] * step[s], m1 * e.v[t][j + 1] * step[s + 1]);
-                }
-        }
-        __syncthreads();  // MG and ME are complete
-        // The rows of an output strip meet rows t >= row of MG and ME (transposed products) or columns s <= row + 15.
-        for (int u = warp; u < q / 16 * (N / 32); u += kSsdWarps) {
-            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
-            Accumulator<4> acc;
-            acc.zero();  // dB
-            multiply<Layout::plain, Layout::plain>(acc, X + row * ldp, ldp, dS + col, ldn, P);
-            acc.scale_rows(to_end[r0] * step[r0], to_end[r1] * step[r1]);
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    float f[2];
-                    load<2>(f, Bt + (r0 + 4 * j) * ldn + col + 8 * t + acc_col());
-                    new_dot += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
-                }
-            multiply<Layout::transposed, Layout::plain>(acc, ME + row * ldq + row, ldq, C + row * ldn + col, ldn, q - row);
-            row_dots(B_dB + col / 32 * q, acc, Bt, ldn, row, col);
-            write(dsb + c0, n.ld, acc, row, col, valid, real_N);
-            acc.zero();  // dC
-            multiply<Layout::plain, Layout::plain>(acc, dy + row * ldp, ldp, S + col, ldn, P);
-            acc.scale_rows(from_in[r0], from_in[r1]);
-            multiply<Layout::plain, Layout::plain>(acc, ME + row * ldq, ldq, Bt + col, ldn, row + 16);
-            row_dots(C_dC + col / 32 * q, acc, C, ldn, row, col);
-            write(dsc + c0, n.ld, acc, row, col, valid, real_N);
-        }
-        for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
-            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
-            Accumulator<4> acc;
-            acc.zero();  // dXd
-            multiply<Layout::plain, Layout::transposed>(acc, Bt + row * ldn, ldn, dS + col * ldn, ldn, N);
-            acc.scale_rows(to_end[r0], to_end[r1]);
-            multiply<Layout::transposed, Layout::plain>(acc, MG + row * ldq + row, ldq, dy + row * ldp + col, ldp, q - row);
-            row_dots(X_dXd + col / 32 * q, acc, X, ldp, row, col);
-            acc.scale_rows(step[r0], step[r1]);
-            write(dsx + x0, n.ld, acc, row, col, valid, real_P);
-        }
-        const float all = from_in[q - 1], part = warp_sum(all * from_in_dot + new_dot);
-        if (lane_id() == 0) S_dot_dS[warp] = part;
-        __syncthreads();  // dS, S and dy have been read, the dot products are complete
-        if (warp == 0) {
-            float later = 0;  // <S_out, dS>, then also the dcs of the tokens after this lane's
-            for (int w = 0; w < kSsdWarps; ++w) later += S_dot_dS[w];
-            for (int first = q - 32; first >= 0; first -= 32) {
-                const int t = first + lane_id();
-                float sum = 0, xdx = 0;
-                for (int i = 0; i < N / 32; ++i) sum += C_dC[i * q + t] - B_dB[i * q + t];
-                for (int i = 0; i < P / 32; ++i) xdx += X_dXd[i * q + t];
-                for (int d = 1; d < 32; d *= 2) {
-                    const float right = __shfl_down_sync(~0u, sum, d);
-                    if (lane_id() + d < 32) sum += right;
-                }
-                sum += later;
-                later = __shfl_sync(~0u, sum, 0);
-                if (t < valid) {
-                    ddt[(row0 + t) * n.H + h] = xdx;
-                    ddA[(row0 + t) * n.H + h] = sum;
+                    for (int j = 0; j < 4; j += 2) {
+                        float f[2];
+                        load<2>(f, Bt + (r0 + 4 * j) * ldn + col + 8 * t + acc_col());
+                        new_dot += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
+                    }
+                multiply<Layout::transposed, Layout::plain>(acc, ME + row * ldq + row, ldq, C + row * ldn + col, ldn,
+                                                            q - row);
+                row_dots(B_dB + col / 32 * q, acc, Bt, ldn, row, col);
+                write(dsb + c0, n.ld, acc, row, col, valid, real_N);
+                acc.zero();  // dC
+                multiply<Layout::plain, Layout::plain>(acc, dy + row * ldp, ldp, S + col, ldn, P);
+                acc.scale_rows(from_in[r0], from_in[r1]);
+                multiply<Layout::plain, Layout::plain>(acc, ME + row * ldq, ldq, Bt + col, ldn, row + 16);
+                row_dots(C_dC + col / 32 * q, acc, C, ldn, row, col);
+                write(dsc + c0, n.ld, acc, row, col, valid, real_N);
+            }
+            for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
+                const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
+                Accumulator<4> acc;
+                acc.zero();  // dXd
+                multiply<Layout::plain, Layout::transposed>(acc, Bt + row * ldn, ldn, dS + col * ldn, ldn, N);
+                acc.scale_rows(to_end[r0], to_end[r1]);
+                multiply<Layout::transposed, Layout::plain>(acc, MG + row * ldq + row, ldq, dy + row * ldp + col, ldp,
+                                                            q - row);
+                row_dots(X_dXd + col / 32 * q, acc, X, ldp, row, col);
+                acc.scale_rows(step[r0], step[r1]);
+                write(dsx + x0, n.ld, acc, row, col, valid, real_P);
+            }
+            const float part = warp_sum(from_in[q - 1] * from_in_dot + new_dot);
+            if (lane_id() == 0) S_dot_dS[warp] = part;
+            __syncthreads();  // dS, S and dy have been read, the dot products are complete
+            if (warp == 0) {
+                float later = 0;  // <S_out, dS>, then also the dcs of the tokens after this lane's
+                for (int w = 0; w < kSsdWarps; ++w) later += S_dot_dS[w];
+                for (int first = q - 32; first >= 0; first -= 32) {
+                    const int t = first + lane_id();
+                    float sum = 0, xdx = 0;
+                    for (int i = 0; i < N / 32; ++i) sum += C_dC[i * q + t] - B_dB[i * q + t];
+                    for (int i = 0; i < P / 32; ++i) xdx += X_dXd[i * q + t];
+                    for (int d = 1; d < 32; d *= 2) {
+                        const float right = __shfl_down_sync(~0u, sum, d);
+                        if (lane_id() + d < 32) sum += right;
+                    }
+                    sum += later;
+                    later = __shfl_sync(~0u, sum, 0);
+                    if (t < valid) {
+                        ddt[(row0 + t) * n.H + h] = xdx;
+                        ddA[(row0 + t) * n.H + h] = sum;
+                    }
                 }
             }
         }
+        const float all = from_in[q - 1];
+        log_decay += cs[q - 1];
         for (int i = 2 * int(threadIdx.x); i < q * P; i += 2 * kSsdThreads) {  // from_in dY, in place
             const int t = i / P, p = i % P;
             float f[2];
@@ -1453,61 +1482,105 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
             }
         __syncthreads();  // all tiles and vectors have been read
     }
-    if (dS_0)
+    if (kStateOnly && threadIdx.x == 0) log_decays[blockIdx.x] = log_decay;
+    if (kStateOnly || (dS_0 && segment == 0))
 #pragma unroll
         for (int i = 0; i < SU; ++i)
             if (mine(i))
                 for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
-                    if (inside) store2(dS_0 + bh * PN + at, s0, s1);
+                    if (inside) store2(dS_0 + (kStateOnly ? int64(blockIdx.x) : bh) * PN + at, s0, s1);
                 });
 }
 
+// Where there are few (sequence, head) pairs, one block for each would leave most of the GPU idle. Then the chunks of
+// a pair are cut into segments, in three launches: each segment's state from a zero start (kStateOnly); the states at
+// the segments' borders, from those; and the full sweep, one block per segment, which now knows where it starts. The
+// backward likewise, from the end. The number of segments follows from the shape alone.
+static constexpr int64 kSsdBlocks = 264;  // two for each multiprocessor of an H100
+static int64 ssd_segments(const SsdShape& n, const SsdTiles& t) {
+    const int64 wanted = n.B * n.H * 2 > kSsdBlocks ? 1 : kSsdBlocks / (n.B * n.H);
+    const int64 chunks = ssd_chunks(t, n.T),
+                per_segment = ceil_div(chunks, std::min(wanted, std::max<int64>(1, chunks / 4)));
+    return ceil_div(chunks, per_segment);  // none is empty
+}
+// Floats of scratch that the segments' states and decays take.
+static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
+    const int64 segments = ssd_segments(n, t);
+    return segments == 1 ? 0 : n.B * n.H * segments * (n.P * n.N + 1);
+}
+// states (B,H,segments,P,N): in, what each segment adds; out, the state at its start (its end, if reverse).
+__global__ void pass_states_kernel(float* states, const float* log_decays, const float* S_0, int64 n, int64 PN,
+                                   int64 segments, bool reverse) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const int64 bh = i / PN;
+    float s = S_0 ? S_0[i] : 0.0f;
+    for (int64 step = 0; step < segments; ++step) {
+        const int64 at = bh * segments + (reverse ? segments - 1 - step : step);
+        const float added = states[at * PN + i % PN];
+        states[at * PN + i % PN] = s;
+        s = expf(log_decays[at]) * s + added;
+    }
+}
+
 // S_T, chunk_states and S_0 may be null: not wanted, or zero. S_0 and S_T may be the same memory.
-template <class A, int SU, int kN, int kP>
-static void ssd_forward_sized(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx,
-                              const float* dt, const float* dA, const float* S_0, const SsdShape& n, const SsdTiles& t,
-                              cudaStream_t stream) {
-    launch("ssd_forward", ssd_forward_kernel<A, SU, kN, kP>, n.B * n.H, kSsdThreads, ssd_shared<A>(t, false), stream, Y,
-           S_T, chunk_states, sc, sb, sx, dt, dA, S_0, n, t);
+template <class A>
+static void ssd_forward(A* Y, float* S_T, float* chunk_states, float* scratch, const A* sc, const A* sb, const A* sx,
+                        const float* dt, const float* dA, const float* S_0, const SsdShape& n, const SsdTiles& t,
+                        cudaStream_t stream) {
+    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
+    const size_t shared = ssd_shared<A>(t, false);
+    const bool small = t.units() <= 2 * kSsdWarps;
+    if (segments > 1) {
+        float* log_decays = scratch + blocks * PN;
+        launch("ssd_forward", small ? ssd_forward_kernel<A, 2, 0, 0, true> : ssd_forward_kernel<A, 8, 0, 0, true>,
+               blocks, kSsdThreads, shared, stream, nullptr, scratch, nullptr, sc, sb, sx, dt, dA, nullptr, log_decays,
+               n, t, segments);
+        launch("ssd_forward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, log_decays,
+               S_0, n.B * n.H * PN, PN, segments, false);
+        S_0 = scratch;
+    }
+    const auto kernel = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_forward_kernel<A, 2, 128, 64, false>
+                        : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_forward_kernel<A, 1, 64, 64, false>
+                        : small                               ? ssd_forward_kernel<A, 2, 0, 0, false>
+                                                              : ssd_forward_kernel<A, 8, 0, 0, false>;
+    launch("ssd_forward", kernel, blocks, kSsdThreads, shared, stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0,
+           nullptr, n, t, segments);
 }
 template <class A>
-static void ssd_forward(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
-                        const float* dA, const float* S_0, const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const auto f = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_forward_sized<A, 2, 128, 64>
-                   : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_forward_sized<A, 1, 64, 64>
-                   : t.units() <= 2 * kSsdWarps          ? ssd_forward_sized<A, 2, 0, 0>
-                                                         : ssd_forward_sized<A, 8, 0, 0>;
-    f(Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, n, t, stream);
-}
-template <class A, int SU, int kN, int kP>
-static void ssd_backward_sized(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY,
-                               const float* dS_T, const A* sc, const A* sb, const A* sx, const float* dt,
-                               const float* dA, const float* chunk_states, const SsdShape& n, const SsdTiles& t,
-                               cudaStream_t stream) {
-    launch("ssd_backward", ssd_backward_kernel<A, SU, kN, kP>, n.B * n.H, kSsdThreads, ssd_shared<A>(t, true), stream,
-           dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, n, t);
-}
-template <class A>
-static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
-                         const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
+static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, float* scratch, const A* dY,
+                         const float* dS_T, const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
                          const float* chunk_states, const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const auto f = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_backward_sized<A, 2, 128, 64>
-                   : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_backward_sized<A, 1, 64, 64>
-                   : t.units() <= 2 * kSsdWarps          ? ssd_backward_sized<A, 2, 0, 0>
-                                                         : ssd_backward_sized<A, 8, 0, 0>;
-    f(dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, n, t, stream);
+    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
+    const size_t shared = ssd_shared<A>(t, true);
+    const bool small = t.units() <= 2 * kSsdWarps;
+    if (segments > 1) {
+        float* log_decays = scratch + blocks * PN;
+        launch("ssd_backward", small ? ssd_backward_kernel<A, 2, 0, 0, true> : ssd_backward_kernel<A, 8, 0, 0, true>,
+               blocks, kSsdThreads, shared, stream, nullptr, nullptr, nullptr, nullptr, nullptr, scratch, dY, nullptr,
+               sc, sb, sx, dt, dA, nullptr, log_decays, n, t, segments);
+        launch("ssd_backward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, log_decays,
+               dS_T, n.B * n.H * PN, PN, segments, true);
+        dS_T = scratch;
+    }
+    const auto kernel = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_backward_kernel<A, 2, 128, 64, false>
+                        : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_backward_kernel<A, 1, 64, 64, false>
+                        : small                               ? ssd_backward_kernel<A, 2, 0, 0, false>
+                                                              : ssd_backward_kernel<A, 8, 0, 0, false>;
+    launch("ssd_backward", kernel, blocks, kSsdThreads, shared, stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb,
+           sx, dt, dA, chunk_states, nullptr, n, t, segments);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 8  Residual: out = w * x + dropout(m), and the norm that follows: u = rmsnorm(out) * w_norm
 // ---------------------------------------------------------------------------------------------------------------------
-// Every half of a layer is  x -> u = rmsnorm(x) * w_norm -> m = f(u) -> out = w * x + dropout(m),  and out is the next half's
-// x. These kernels join a residual with the norm after it (forward) and a norm with the residual around it (backward):
-// each tensor then crosses the memory bus once. They are bound by it.
+// Every half of a layer is  x -> u = rmsnorm(x) * w_norm -> m = f(u) -> out = w * x + dropout(m),  and out is the
+// next half's x. These kernels join a residual with the norm after it (forward) and a norm with the residual around
+// it (backward): each tensor then crosses the memory bus once. They are bound by it.
 //
-// A block takes a few rows at a time; a thread owns W neighbouring columns of all of them, so that weights are read once
-// per group. Sums over a row: within warps by shuffles, across warps through shared memory. Two buffers take turns, so that
-// one barrier per group is enough: a thread is at most one group ahead.
+// A block takes a few rows at a time; a thread owns W neighbouring columns of all of them, so that weights are read
+// once per group. Sums over a row: within warps by shuffles, across warps through shared memory. Two buffers take
+// turns, so that one barrier per group is enough: a thread is at most one group ahead.
 
 static constexpr int kRowGroup = 4, kBackwardRows = 2;  // the backward has more to keep in registers
 
@@ -1579,7 +1652,7 @@ __global__ void residual_norm_forward_kernel(A* out, A* u, float* rstd, const A*
     __shared__ float buffers[2][kRowGroup][8];
     int turn = 0;
     // The value to be normalised, as it is stored: the sum, rounded to A.
-    const auto value = [&](float (&v)[W], int64 at, const float (&w)[W]) {
+    const auto value = [&](float(&v)[W], int64 at, const float(&w)[W]) {
         load<W>(v, x + at);
         if (!m) return;
         float mv[W];
@@ -1649,11 +1722,11 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
            w_norm, float(eps), dropout_mask(dropout), rows, D);
 }
 
-// dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)          dout null: no residual, its term is absent
-// dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x
-// dx and dout may be the same memory. partial (blocks, 2D): sums for dw_norm | dw_res, gathered in shared memory, where a
-// thread's W columns lie D/W apart so that neighbouring threads use different banks.
-// kKeep: D is at most one pass of the block, and what the first sum has read stays in registers for the second.
+// dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)          dout null: no residual, its term is
+// absent dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x dx and dout may be the same memory. partial
+// (blocks, 2D): sums for dw_norm | dw_res, gathered in shared memory, where a thread's W columns lie D/W apart so
+// that neighbouring threads use different banks. kKeep: D is at most one pass of the block, and what the first sum
+// has read stays in registers for the second.
 template <class A, int W, bool kKeep>
 __global__ void norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x,
                                               const float* w_res, const float* w_norm, const float* rstd, int64 rows,
@@ -1728,14 +1801,16 @@ template <class A>
 static void norm_residual_backward(A* dx, float* dw_norm, float* dw_res, float* partial, const A* dout, const A* du,
                                    const A* x, const float* w_res, const float* w_norm, const float* rstd, int64 rows,
                                    int64 D, cudaStream_t stream) {
-    const int W = D % 8 == 0 ? 8 : 1;
-    const int64 block_rows = round_up(ceil_div(rows, kPartialBlocks), kBackwardRows), blocks = ceil_div(rows, block_rows);
+    const int W =
+        D % 4 == 0 ? 4 : 1;  // not 8: it would need so many registers that too few warps are there to wait for memory
+    const int64 block_rows = round_up(ceil_div(rows, kPartialBlocks), kBackwardRows),
+                blocks = ceil_div(rows, block_rows);
     launch("norm_residual_backward",
-           W == 1                         ? norm_residual_backward_kernel<A, 1, false>
-           : D <= row_threads(D, W) * W   ? norm_residual_backward_kernel<A, 8, true>
-                                          : norm_residual_backward_kernel<A, 8, false>,
-           blocks, row_threads(D, W),
-           size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm, rstd, rows, D, block_rows);
+           W == 1                       ? norm_residual_backward_kernel<A, 1, false>
+           : D <= row_threads(D, W) * W ? norm_residual_backward_kernel<A, 4, true>
+                                        : norm_residual_backward_kernel<A, 4, false>,
+           blocks, row_threads(D, W), size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm,
+           rstd, rows, D, block_rows);
     add_partials(dw_norm, dw_res, partial, blocks, 2 * D, D, stream);
 }
 
@@ -1812,9 +1887,9 @@ static void swiglu_backward(A* dgate_up, const A* dh, const A* gate_up, int64 ro
 // ---------------------------------------------------------------------------------------------------------------------
 // 10  Cross-entropy: loss_r = log sum_v exp(z_rv) - z_r,target;   dz = softmax(z) - onehot(target)
 // ---------------------------------------------------------------------------------------------------------------------
-// One block per row. The first pass reads the row once and keeps (largest, sum of exp(z - largest)); the second replaces z by
-// dz (unscaled: the matrix products that read it scale) while the row is still in the cache. Rows are ld >= V apart;
-// columns beyond V become zero.
+// One block per row. The first pass reads the row once and keeps (largest, sum of exp(z - largest)); the second
+// replaces z by dz (unscaled: the matrix products that read it scale) while the row is still in the cache. Rows are
+// ld >= V apart; columns beyond V become zero.
 
 template <class A, int W>
 __global__ void __launch_bounds__(512)
@@ -1877,8 +1952,8 @@ static void cross_entropy(float* losses, A* logits, const int32_t* targets, int6
 // 11  AdamW: m, v running means of g and g^2, corrected for their start at 0
 // ---------------------------------------------------------------------------------------------------------------------
 //     w -= lr ( (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)  +  weight_decay w )
-// One launch for all parameters: block i does tile i of a list made at the start. It also writes the rounded copy that the
-// matrix products read (bf16). 30 bytes per parameter: bound by memory.
+// One launch for all parameters: block i does tile i of a list made at the start. It also writes the rounded copy
+// that the matrix products read (bf16). 30 bytes per parameter: bound by memory.
 
 struct AdamWTile {
     int64 offset;  // first element in the flat buffers
@@ -1892,7 +1967,8 @@ struct AdamWRates {
     float beta1, beta2, one_beta1, one_beta2, correction1, correction2, lr, eps, weight_decay, scale;
 };
 template <class A>
-__global__ void adamw_kernel(float* w, A* copy, float* m, float* v, const float* g, const AdamWTile* tiles, AdamWRates o) {
+__global__ void adamw_kernel(float* w, A* copy, float* m, float* v, const float* g, const AdamWTile* tiles,
+                             AdamWRates o) {
     const AdamWTile tile = tiles[blockIdx.x];
     const float decay = tile.decay ? o.weight_decay : 0.0f;
     const auto update = [&](auto width, int i) {
@@ -1919,7 +1995,8 @@ __global__ void adamw_kernel(float* w, A* copy, float* m, float* v, const float*
         for (int i = 4 * int(threadIdx.x); i < tile.count; i += 4 * int(blockDim.x))
             update(std::integral_constant<int, 4>(), i);
     else
-        for (int i = int(threadIdx.x); i < tile.count; i += int(blockDim.x)) update(std::integral_constant<int, 1>(), i);
+        for (int i = int(threadIdx.x); i < tile.count; i += int(blockDim.x))
+            update(std::integral_constant<int, 1>(), i);
 }
 // The copy alone, after weights were written from the host.
 template <class A>
@@ -2024,7 +2101,8 @@ class Memory {
     size_t bytes = 0;
 };
 
-// Hands out pieces of one allocation. Without memory behind it, it only counts: the plan is made first, then carried out.
+// Hands out pieces of one allocation. Without memory behind it, it only counts: the plan is made first, then carried
+// out.
 struct Arena {
     char* base = nullptr;
     size_t used = 0;
@@ -2055,8 +2133,8 @@ struct LayerActivations {
 template <class A>
 struct CudaState : State {
     struct Layer {
-        float* S = nullptr;               // SSD: (B,H,P,N)
-        A *k = nullptr, *v = nullptr;     // attention: (B,capacity,Hkv,P)
+        float* S = nullptr;            // SSD: (B,H,P,N)
+        A *k = nullptr, *v = nullptr;  // attention: (B,capacity,Hkv,P)
     };
     std::vector<Layer> layers;
     Memory memory;
@@ -2095,8 +2173,9 @@ struct CudaState : State {
     }
 };
 
-// A weight matrix (out,in) as the matrix products read it: in A. Rows of its output y are `ld` apart, and where ld > out the
-// rounded copy has rows of zeros up to ld, so that y ends in zeros (bf16; fp32 reads the masters, without such rows).
+// A weight matrix (out,in) as the matrix products read it: in A. Rows of its output y are `ld` apart, and where ld >
+// out the rounded copy has rows of zeros up to ld, so that y ends in zeros (bf16; fp32 reads the masters, without
+// such rows).
 struct Matrix {
     int64 master;  // offset in the flat buffers
     int64 copy;    // offset in the rounded copy
@@ -2150,7 +2229,7 @@ class Model {
     std::vector<LayerActivations<A>> layers;
     A *x_final, *u_final;
     float *rstd_final, *losses;
-    A* logits;        // (head_rows, padded8(V)): of one part of the rows, or of all if they fit
+    A* logits;  // (head_rows, padded8(V)): of one part of the rows, or of all if they fit
     int64 head_rows = 0;
     int32_t *tokens, *targets, *order, *start;  // (rows), start (rows + 1)
     std::vector<int32_t> host_tokens;
@@ -2162,7 +2241,7 @@ class Model {
     int64 rope_positions = 0, layout_count = 0;  // how often memory was laid out anew
     // not needed after the op that reads it
     A *m, *dx, *dm, *du, *dy, *dh, *dproj, *dgate_up, *last;
-    float *ddt, *ddA, *dyy, *partial, *logits32;
+    float *ddt, *ddA, *dyy, *partial, *logits32, *segment_scratch;
 
     static const char* buffer_name(Buffer which) {
         switch (which) {
@@ -2236,7 +2315,8 @@ Model<A>::Model(const Config& c)
         int64 to = -1;
         for (const auto& entry : matrices) {
             const Matrix& a = entry.second;
-            if (kCopy && s.offset >= a.master && s.offset < a.master + a.out * a.in) to = a.copy + (s.offset - a.master);
+            if (kCopy && s.offset >= a.master && s.offset < a.master + a.out * a.in)
+                to = a.copy + (s.offset - a.master);
         }
         for (int64 e = 0; e < s.count; e += kAdamWTile)
             list.push_back({s.offset + e, to < 0 ? -1 : to + e, int32_t(std::min<int64>(kAdamWTile, s.count - e)),
@@ -2259,13 +2339,15 @@ void Model<A>::weights_written() {
 // and again in the backward pass.
 static constexpr int64 kLogitsKept = int64(8) << 30, kLogitsPart = int64(1) << 30;
 
-// Lays out what a forward pass (and, when training, a backward pass) needs. In inference all layers use the same memory.
+// Lays out what a forward pass (and, when training, a backward pass) needs. In inference all layers use the same
+// memory.
 template <class A>
 void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     const Config& c = config;
     const int64 rows = batch * length, D = c.D, H = c.H, logit_row = padded8(c.V);
     int64 width = 0;  // the wider of the two projections
-    for (int64 i = 0; i < c.L; ++i) width = std::max(width, padded8(c.is_attention(i) ? c.attn_width() : c.ssd_width()));
+    for (int64 i = 0; i < c.L; ++i)
+        width = std::max(width, padded8(c.is_attention(i) ? c.attn_width() : c.ssd_width()));
     a->take(&tokens, rows);
     a->take(&targets, rows);
     a->take(&order, rows);
@@ -2296,6 +2378,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
         a->take(&l.h, rows * c.F);
     }
     a->take(&m, rows * D);
+    a->take(&segment_scratch, ssd_scratch({batch, length, H, c.P(), c.N, c.Q, 0}, tiles));
     if (training) a->take(&x_final, rows * D);
     else x_final = layers[0].x;
     a->take(&u_final, rows * D);
@@ -2388,8 +2471,8 @@ void Model<A>::extend_rope(int64 positions) {
     rope_positions = qk.positions;
 }
 
-// As the reference's: without a state, whole sequences from position 0, with activations kept for the backward pass; with
-// one, T further tokens of each sequence, and the logits go to the host.
+// As the reference's: without a state, whole sequences from position 0, with activations kept for the backward pass;
+// with one, T further tokens of each sequence, and the logits go to the host.
 template <class A>
 double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, int64 batch, int64 length,
                          const DropoutKey* key, CudaState<A>* state, float* host_logits, bool every_token) {
@@ -2485,15 +2568,15 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
         // and the first norm of the next layer, or the final one
         const bool end = i + 1 == c.L;
         LayerActivations<A>* next = end ? nullptr : &layers[size_t(i + 1)];
-        residual_norm_forward(end ? x_final : next->x, end ? u_final : next->u1, end ? rstd_final : next->rstd1, a.x_mid,
-                              m, w(Param::res2, i), end ? w(Param::final_norm) : w(Param::norm1, i + 1), c.norm_eps,
-                              dropout(i, 1), rows, D, stream);
+        residual_norm_forward(end ? x_final : next->x, end ? u_final : next->u1, end ? rstd_final : next->rstd1,
+                              a.x_mid, m, w(Param::res2, i), end ? w(Param::final_norm) : w(Param::norm1, i + 1),
+                              c.norm_eps, dropout(i, 1), rows, D, stream);
     }
 }
 
-// One token of each sequence. Its few hundred launches are small, and starting them one by one would take longer than they
-// run: they are recorded once as a graph, which is then replayed. It holds addresses, so that it is recorded again when
-// memory has moved.
+// One token of each sequence. Its few hundred launches are small, and starting them one by one would take longer than
+// they run: they are recorded once as a graph, which is then replayed. It holds addresses, so that it is recorded
+// again when memory has moved.
 template <class A>
 void Model<A>::decode(CudaState<A>* state) {
     const int64 position = state->position;
@@ -2533,8 +2616,8 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
             n.ld_kv = c.Hkv * P;
             n.seq_kv = state->capacity * n.ld_kv;
             for (const auto& part : {std::make_pair(past->k, k), std::make_pair(past->v, v)})
-                launch("append_cache", append_cache_kernel<A>, ceil_div(rows * n.ld_kv, 256), 256, 0, stream, part.first,
-                       part.second, rows * n.ld_kv, T, n.ld_kv, ld, state->capacity, before);
+                launch("append_cache", append_cache_kernel<A>, ceil_div(rows * n.ld_kv, 256), 256, 0, stream,
+                       part.first, part.second, rows * n.ld_kv, T, n.ld_kv, ld, state->capacity, before);
             k = past->k;
             v = past->v;
         }
@@ -2547,7 +2630,9 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     const SsdShape n{B, T, H, P, N, c.Q, ld};
     float* S = past ? past->S : nullptr;
     if (past && T == 1) ssd_step(a.y, S, sc, sb, sx, a.dt, a.dA, n, stream);
-    else ssd_forward(a.y, S, past ? nullptr : a.chunk_states, sc, sb, sx, a.dt, a.dA, S, n, tiles, stream);
+    else
+        ssd_forward(a.y, S, past ? nullptr : a.chunk_states, segment_scratch, sc, sb, sx, a.dt, a.dA, S, n, tiles,
+                    stream);
 }
 
 // Adds scale * d(mean loss) to the gradients: the forward's lines from the last to the first.
@@ -2608,8 +2693,8 @@ void Model<A>::mixer_backward(int64 i) {
     } else {
         const int64 b = H * N, x = 2 * H * N, dt = x + H * P;
         const SsdShape n{B, T, H, P, N, c.Q, ld};
-        ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, dy, nullptr, proj, proj + b, proj + x, a.dt, a.dA,
-                        a.chunk_states, n, tiles, stream);
+        ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, segment_scratch, dy, nullptr, proj, proj + b, proj + x,
+                        a.dt, a.dA, a.chunk_states, n, tiles, stream);
         ssd_dt_backward(d + dt, g(Param::dt_bias, i), g(Param::A_log, i), partial, ddt, ddA, proj + dt,
                         w(Param::dt_bias, i), w(Param::A_log, i), a.dA, c.ssd_decay, rows, H, ld, pad, stream);
         rope(d, cos_cb, sin_cb, N, B, T, 2 * H, ld, 0, true, stream);
@@ -2730,7 +2815,8 @@ class CudaEngine : public Engine {
     }
     double peak() const override { return std::is_same<A, float>::value ? 0 : data_sheet_peak(device()); }
     std::string plan(int64 B, int64 T) override {
-        const double fixed = (16 + (Model<A>::kCopy ? 2 : 0)) * double(table.count), kept = double(model.bytes_for(B, T));
+        const double fixed = (16 + (Model<A>::kCopy ? 2 : 0)) * double(table.count),
+                     kept = double(model.bytes_for(B, T));
         size_t free = 0, total = 0;
         CHECK_CUDA(cudaMemGetInfo(&free, &total));
         return format("%s for %lld x %lld tokens (weights, gradients and moments %s, activations %s), the GPU has %s",
@@ -2782,7 +2868,8 @@ class CudaEngine : public Engine {
             else
                 for (int64 b = 0; b < s.B; ++b)
                     for (const auto& part : {std::make_pair(to.k.data(), from.k), std::make_pair(to.v.data(), from.v)})
-                        read_back(part.first + b * s.position * row, part.second + b * s.capacity * row, s.position * row);
+                        read_back(part.first + b * s.position * row, part.second + b * s.capacity * row,
+                                  s.position * row);
         }
         ref::save_state(config, host, path);
     }
@@ -2820,7 +2907,8 @@ class CudaEngine : public Engine {
         if (n == 0) return;
         Memory staging;
         staging.resize(size_t(n) * sizeof(float), "a copy");
-        launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, model.stream, staging.at<float>(), from, n);
+        launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, model.stream, staging.at<float>(), from,
+               n);
         CHECK_CUDA(cudaMemcpyAsync(to, staging.at(), staging.size(), cudaMemcpyDeviceToHost, model.stream));
         CHECK_CUDA(cudaStreamSynchronize(model.stream));
     }
@@ -2929,23 +3017,23 @@ void residual_norm_forward(Precision precision, float* out, float* u, float* rst
         using A = decltype(a);
         Array<A> outd(nullptr, rows * D), ud(nullptr, rows * D), xd(x, rows * D), md(m, rows * D);
         Array<float> rd(nullptr, rows), wr(w_res, w_res ? D : 0), wn(w_norm, D);
-        residual_norm_forward<A>(m ? (A*)outd : nullptr, ud, rd, xd, m ? (A*)md : nullptr, wr, wn, eps, dropout, rows, D,
-                                 nullptr);
+        residual_norm_forward<A>(m ? (A*)outd : nullptr, ud, rd, xd, m ? (A*)md : nullptr, wr, wn, eps, dropout, rows,
+                                 D, nullptr);
         if (m) outd.to(out);
         ud.to(u);
         rd.to(rstd);
     });
 }
 void norm_residual_backward(Precision precision, float* dx, float* dw_norm, float* dw_res, const float* dout,
-                            const float* du, const float* x, const float* w_res, const float* w_norm,
-                            const float* rstd, int64 rows, int64 D) {
+                            const float* du, const float* x, const float* w_res, const float* w_norm, const float* rstd,
+                            int64 rows, int64 D) {
     in_precision(precision, [&](auto a) {
         using A = decltype(a);
         Array<A> dxd(dout, rows * D), dud(du, rows * D), xd(x, rows * D);
         Array<float> dwn(dw_norm, D), dwr(dw_res, D), wr(w_res, w_res ? D : 0), wn(w_norm, D), rd(rstd, rows),
             partial(nullptr, kPartialBlocks * 2 * D);
-        norm_residual_backward<A>(dxd, dwn, dout ? (float*)dwr : nullptr, partial, dout ? (A*)dxd : nullptr, dud, xd, wr,
-                                  wn, rd, rows, D, nullptr);
+        norm_residual_backward<A>(dxd, dwn, dout ? (float*)dwr : nullptr, partial, dout ? (A*)dxd : nullptr, dud, xd,
+                                  wr, wn, rd, rows, D, nullptr);
         dxd.to(dx);
         dwn.to(dw_norm);
         dwr.to(dw_res);
@@ -2969,7 +3057,8 @@ void rope(Precision precision, float* x, const ref::RopeTable<float>& table, int
         xd.to(x);
     });
 }
-// q begins its buffer; k and v lie either in the same buffer (k - q elements on) or, if seq_kv is not T * ld_q, in others.
+// q begins its buffer; k and v lie either in the same buffer (k - q elements on) or, if seq_kv is not T * ld_q, in
+// others.
 void attention_forward(Precision precision, float* y, float* lse, const float* q, const float* k, const float* v,
                        const AttentionShape& n) {
     in_precision(precision, [&](auto a) {
@@ -2978,8 +3067,8 @@ void attention_forward(Precision precision, float* y, float* lse, const float* q
         Array<A> qd(q, n.B * n.T * n.ld_q), kd(together ? nullptr : k, together ? 0 : n.B * n.seq_kv),
             vd(together ? nullptr : v, together ? 0 : n.B * n.seq_kv), yd(nullptr, n.B * n.T * n.H * n.P);
         Array<float> ld(nullptr, n.B * n.T * n.H);
-        attention_forward<A>(yd, ld, qd, together ? qd + (k - q) : (A*)kd, together ? qd + (v - q) : (A*)vd, n, n.S - n.T,
-                             nullptr);
+        attention_forward<A>(yd, ld, qd, together ? qd + (k - q) : (A*)kd, together ? qd + (v - q) : (A*)vd, n,
+                             n.S - n.T, nullptr);
         yd.to(y);
         ld.to(lse);
     });
@@ -3000,7 +3089,8 @@ void attention_backward(Precision precision, float* dq, float* dk, float* dv, co
 }
 void ssd_dt_forward(float* dt, float* dA, const float* dt_raw, const float* dt_bias, const float* A_log, bool decay,
                     int64 rows, int64 H, int64 ld) {
-    Array<float> dtd(nullptr, rows * H), dAd(nullptr, rows * H), raw(dt_raw, rows * ld), bias(dt_bias, H), log(A_log, H);
+    Array<float> dtd(nullptr, rows * H), dAd(nullptr, rows * H), raw(dt_raw, rows * ld), bias(dt_bias, H),
+        log(A_log, H);
     ssd_dt_forward<float>(dtd, dAd, raw, bias, log, decay, rows, H, ld, nullptr);
     dtd.to(dt);
     dAd.to(dA);
@@ -3034,8 +3124,10 @@ void ssd_chunked_forward(Precision precision, float* Y, float* S_T, const float*
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N;
         Array<A> p(sc, rows * n.ld), yd(nullptr, rows * n.H * n.P);
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), st(nullptr, states);
-        ssd_forward<A>(yd, st, nullptr, p, p + (sb - sc), p + (sx - sc), dtd, dAd, S_0 ? (float*)s0 : nullptr, n,
-                       ssd_tiles<A>(n.N, n.P), nullptr);
+        const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
+        Array<float> scratch(nullptr, ssd_scratch(n, tiles));
+        ssd_forward<A>(yd, st, nullptr, scratch, p, p + (sb - sc), p + (sx - sc), dtd, dAd, S_0 ? (float*)s0 : nullptr,
+                       n, tiles, nullptr);
         yd.to(Y);
         st.to(S_T);
     });
@@ -3049,10 +3141,12 @@ void ssd_chunked_backward(Precision precision, float* dsc, float* ddt, float* dd
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N, b = sb - sc, x = sx - sc;
         Array<A> p(sc, rows * n.ld), d(nullptr, rows * n.ld), yd(nullptr, rows * n.H * n.P), dYd(dY, rows * n.H * n.P);
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), ds0(nullptr, states), dst(dS_T, states),
-            kept(nullptr, states * ssd_chunks(tiles, n.T)), ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H);
-        ssd_forward<A>(yd, nullptr, kept, p, p + b, p + x, dtd, dAd, S_0 ? (float*)s0 : nullptr, n, tiles, nullptr);
-        ssd_backward<A>(d, d + b, d + x, ddtd, ddAd, ds0, dYd, dS_T ? (float*)dst : nullptr, p, p + b, p + x, dtd, dAd,
-                        kept, n, tiles, nullptr);
+            kept(nullptr, states * ssd_chunks(tiles, n.T)), ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H),
+            scratch(nullptr, ssd_scratch(n, tiles));
+        ssd_forward<A>(yd, nullptr, kept, scratch, p, p + b, p + x, dtd, dAd, S_0 ? (float*)s0 : nullptr, n, tiles,
+                       nullptr);
+        ssd_backward<A>(d, d + b, d + x, ddtd, ddAd, ds0, scratch, dYd, dS_T ? (float*)dst : nullptr, p, p + b, p + x,
+                        dtd, dAd, kept, n, tiles, nullptr);
         d.to(dsc);
         ddtd.to(ddt);
         ddAd.to(ddA);
@@ -3181,9 +3275,10 @@ static void print_profile(const std::function<void()>& step) {
 int bench_command(int argc, char** argv) {
     std::string name = "5m", precision = "bf16";
     int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64;
-    Options o("transxssm",
-              "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
-              "where a step's time goes.");
+    Options o(
+        "transxssm",
+        "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
+        "where a step's time goes.");
     o.add("preset", &name, "model");
     o.add("precision", &precision, "bf16 or fp32");
     o.add("batch", &B, "sequences of a train step", 1, 1 << 20);
@@ -3231,7 +3326,8 @@ int bench_command(int argc, char** argv) {
     printf("train step  B %lld x T %lld  %9.2f ms  %9.0f tokens/s", (long long)B, (long long)length, 1e3 * train,
            double(rows) / train);
     if (engine->peak() > 0)
-        printf("  (%.1f%% of the data sheet's peak)", 100 * flops_per_token(c, length) * double(rows) / train / engine->peak());
+        printf("  (%.1f%% of the data sheet's peak)",
+               100 * flops_per_token(c, length) * double(rows) / train / engine->peak());
     printf("\nevaluation  B %lld x T %lld  %9.2f ms  %9.0f tokens/s\n", (long long)B, (long long)length, 1e3 * eval,
            double(rows) / eval);
     fflush(stdout);
@@ -3247,8 +3343,7 @@ int bench_command(int argc, char** argv) {
         greedy.temperature = 0;
         for (int64 i = 0; i < decode_tokens; ++i) {
             const double start = seconds_now();
-            for (int64 b = 0; b < decode_batch; ++b)
-                next[size_t(b)] = greedy.choose(logits.data() + b * c.V, c.V, 0);
+            for (int64 b = 0; b < decode_batch; ++b) next[size_t(b)] = greedy.choose(logits.data() + b * c.V, c.V, 0);
             engine->step(*state, next.data(), 1, logits.data());
             times.push_back(seconds_now() - start);
         }
@@ -3278,9 +3373,8 @@ int main(int argc, char** argv) {
                 model_command_help());
             return 0;
         }
-        return model_command(
-            "transxssm", argc - 1, argv + 1, [](const Config& c) { return make_cuda_engine(c, Precision::bf16); },
-            {"bench"});
+        return model_command("transxssm", argc - 1, argv + 1,
+                             [](const Config& c) { return make_cuda_engine(c, Precision::bf16); }, {"bench"});
     });
 }
 #endif

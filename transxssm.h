@@ -31,8 +31,8 @@
 //     cs        inclusive cumulative sum of dA inside a chunk     S state (P,N) of a head
 //     Matrices are row-major; a weight is (out, in) and y = x W^T. No biases but dt_bias.
 //
-// READING ORDER  this file; ref_cpu.cpp, the same model in loops; train.cpp; docs/ beside them. common.h holds the small
-// pieces (errors, JSON, tensor files, options, random numbers) and can wait.
+// READING ORDER  this file; ref_cpu.cpp, the same model in loops; train.cpp; docs/ beside them. common.h holds the
+// small pieces (errors, JSON, tensor files, options, random numbers) and can wait.
 #pragma once
 
 #include "common.h"
@@ -141,8 +141,8 @@ struct State {
 };
 
 // Where the dropout masks come from. Element e of a tensor (rows,D) is dropped if word e % 4 of the Philox block
-// (seed, "dropout") at counter words (low 32 bits of e/4, step, micro_batch, site << 8 | e/4 >> 32) is below p * 2^32, where
-// site = 2 * layer + {0 mixer, 1 feed-forward}. Every engine compares the same integers.
+// (seed, "dropout") at counter words (low 32 bits of e/4, step, micro_batch, site << 8 | e/4 >> 32) is below p *
+// 2^32, where site = 2 * layer + {0 mixer, 1 feed-forward}. Every engine compares the same integers.
 struct DropoutKey {
     uint64_t seed;
     uint32_t step, micro_batch;
@@ -162,8 +162,8 @@ class Engine {
     explicit Engine(const Config& c) : config(c), table(c) {}
     virtual ~Engine() = default;
     virtual std::string device() const = 0;  // for a person: "CPU, 2 threads, fp32"
-    // What a GPU has to say beyond that: matrix operations per second by its data sheet (0: not known), and the memory that
-    // training on (B,T) takes ("": nothing to say).
+    // What a GPU has to say beyond that: matrix operations per second by its data sheet (0: not known), and the
+    // memory that training on (B,T) takes ("": nothing to say).
     virtual double peak() const { return 0; }
     virtual std::string plan(int64 /*B*/, int64 /*T*/) { return ""; }
 
@@ -195,8 +195,8 @@ class Engine {
 
 std::unique_ptr<Engine> make_cpu_engine(const Config&);
 
-// On the GPU (transxssm.cu): activations and matrix products in bf16 with fp32 sums, or everything in fp32. Throws if there is
-// no GPU that it can use. Only in builds with CUDA (WITH_CUDA).
+// On the GPU (transxssm.cu): activations and matrix products in bf16 with fp32 sums, or everything in fp32. Throws if
+// there is no GPU that it can use. Only in builds with CUDA (WITH_CUDA).
 enum class Precision { fp32, bf16 };
 std::unique_ptr<Engine> make_cuda_engine(const Config&, Precision);
 namespace cuda {
@@ -264,8 +264,8 @@ Evaluation evaluate(Engine&, const Tokenizer&, const std::vector<int32_t>& token
 
 // "layer 0-6 ssd, 7 attention", parameters, memory: what `info` and `--dry-run` print. B = T = 0 leaves memory out.
 std::string describe(const Config&, int64 B, int64 T);
-// Operations that training one token takes in the model's own terms, whatever the engine does: 6 per weight of a matrix that
-// multiplies, and three times the forward's scores and values, or state updates and reads.
+// Operations that training one token takes in the model's own terms, whatever the engine does: 6 per weight of a
+// matrix that multiplies, and three times the forward's scores and values, or state updates and reads.
 double flops_per_token(const Config&, int64 T);
 
 // The commands `sample`, `eval` and `info` of ref_cpu and transxssm, on any engine. argv[0] is the command.
@@ -294,8 +294,9 @@ int train_main(int argc, char** argv);
 // ---------------------------------------------------------------------------------------------------------------------
 // The layers of the CPU reference, for tests, the oracle and readers (ref_cpu.cpp; T is float or double)
 // ---------------------------------------------------------------------------------------------------------------------
-// Order of arguments: outputs, inputs, parameters, saved values, dimensions. A gradient has the name of its tensor after a d.
-// Gradients of parameters, and of tensors that several ops read, are ADDED to (+=); other gradients are set (=).
+// Order of arguments: outputs, inputs, parameters, saved values, dimensions. A gradient has the name of its tensor
+// after a d. Gradients of parameters, and of tensors that several ops read, are ADDED to (+=); other gradients are
+// set (=).
 
 namespace ref {
 
@@ -487,9 +488,9 @@ std::vector<GradientError> gradient_check();
 // ---------------------------------------------------------------------------------------------------------------------
 // The layers on the GPU, for tests (transxssm.cu, section 14)
 // ---------------------------------------------------------------------------------------------------------------------
-// Twins of the above on host arrays: inputs are rounded to the precision's type of activations, the GPU's kernels run, and
-// outputs come back as float. What lies in one buffer (q, k, v; sc, sb, sx; gradients likewise) is copied as one: pass the
-// places inside that buffer.
+// Twins of the above on host arrays: inputs are rounded to the precision's type of activations, the GPU's kernels
+// run, and outputs come back as float. What lies in one buffer (q, k, v; sc, sb, sx; gradients likewise) is copied as
+// one: pass the places inside that buffer.
 
 namespace cuda {
 

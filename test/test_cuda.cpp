@@ -1,5 +1,5 @@
-// The CUDA engine against the CPU reference: every op, forward and backward, in fp32 and bf16 at odd shapes; the whole model;
-// decoding; determinism. Where there is no GPU these are counted as skipped.
+// The CUDA engine against the CPU reference: every op, forward and backward, in fp32 and bf16 at odd shapes; the
+// whole model; decoding; determinism. Where there is no GPU these are counted as skipped.
 #include "check.h"
 
 // main.cpp leaves out the tests whose names begin with "cuda:" where there is no GPU.
@@ -8,12 +8,12 @@ using namespace ref;
 
 namespace {
 
-// TOLERANCES, relative L2 per tensor. The reference is the double version of ref_cpu, fed with inputs that are already on the
-// precision's grid. fp32: both sides round to 6e-8 per operation, and sums of up to 200 terms in another order; exp of
-// a cumulative sum of decays loses the most. bf16: an element is rounded to 2^-9 = 2e-3 at most, 1.1e-3 in the mean, once on
-// output and once for each intermediate that tensor cores read (p and dz of attention; G, the state and scaled X or dY of
-// SSD): the roundings are independent and add up as squares, to 2e-3 or 3e-3; gradients that are differences of such sums
-// lose more.
+// TOLERANCES, relative L2 per tensor. The reference is the double version of ref_cpu, fed with inputs that are
+// already on the precision's grid. fp32: both sides round to 6e-8 per operation, and sums of up to 200 terms in
+// another order; exp of a cumulative sum of decays loses the most. bf16: an element is rounded to 2^-9 = 2e-3 at
+// most, 1.1e-3 in the mean, once on output and once for each intermediate that tensor cores read (p and dz of
+// attention; G, the state and scaled X or dY of SSD): the roundings are independent and add up as squares, to 2e-3 or
+// 3e-3; gradients that are differences of such sums lose more.
 struct Tolerance {
     double plain, product, difference;
 };
@@ -27,10 +27,11 @@ struct Case {
 };
 const Case precisions[] = {{Precision::fp32, "fp32"}, {Precision::bf16, "bf16"}};
 
-// TEST_QUICK=1: fewer lengths, for compute-sanitizer, under which everything is a thousand times slower.
-std::vector<int64> lengths(const std::vector<int64>& all) {
-    if (!getenv("TEST_QUICK")) return all;
-    return {all.front(), 65};
+// TEST_QUICK=1: two lengths and two shapes, for compute-sanitizer, under which everything is a thousand times slower.
+const bool quick = getenv("TEST_QUICK") != nullptr;
+std::vector<int64> lengths(const std::vector<int64>& all) { return quick ? std::vector<int64>{65, all.back()} : all; }
+std::vector<Shape> shapes(const std::vector<Shape>& all) {
+    return quick ? std::vector<Shape>(all.begin(), all.begin() + 2) : all;
 }
 
 // To the nearest bf16, ties to even.
@@ -73,7 +74,8 @@ std::vector<T> columns(const std::vector<T>& v, int64 ld, int64 from, int64 widt
 
 TEST_CASE("cuda: linear layers equal the reference, whatever the alignment of their sizes") {
     for (const Case& k : precisions)
-        for (const Shape& s : std::vector<Shape>{{1, 8, 8}, {3, 24, 20}, {65, 20, 29}, {130, 40, 51}, {7, 128, 260}, {5, 6, 10}}) {
+        for (const Shape& s :
+             std::vector<Shape>{{1, 8, 8}, {3, 24, 20}, {65, 20, 29}, {130, 40, 51}, {7, 128, 260}, {5, 6, 10}}) {
             const int64 rows = s[0], in = s[1], out = s[2];
             CAPTURE(k.name);
             CAPTURE(to_text(s));
@@ -83,7 +85,8 @@ TEST_CASE("cuda: linear layers equal the reference, whatever the alignment of th
             const auto dw0 = normals(Precision::fp32, "dw", out * in);
             std::vector<double> y = sized<double>(rows * out), dx = sized<double>(rows * in), dw = wide(dw0);
             linear_forward(y.data(), wide(x).data(), wide(w).data(), rows, in, out);
-            linear_backward(dx.data(), dw.data(), wide(dy).data(), wide(x).data(), wide(w).data(), rows, in, out, false);
+            linear_backward(dx.data(), dw.data(), wide(dy).data(), wide(x).data(), wide(w).data(), rows, in, out,
+                            false);
             std::vector<float> gy = sized<float>(rows * out), gdx = sized<float>(rows * in), gdw = dw0;
             cuda::linear_forward(k.precision, gy.data(), x.data(), w.data(), rows, in, out);
             cuda::linear_backward(k.precision, gdx.data(), gdw.data(), dy.data(), x.data(), w.data(), rows, in, out);
@@ -127,10 +130,12 @@ TEST_CASE("cuda: residual, dropout and norm equal the reference, joined as they 
                     const Dropout drop{p, {uint64_t(3) << 40 | 9, 4, 5}, 6};
                     const auto x = normals(k.precision, "x", rows * D), m = normals(k.precision, "m", rows * D),
                                du = normals(k.precision, "du", rows * D), dout = normals(k.precision, "dout", rows * D);
-                    const auto wr = normals(Precision::fp32, "wr", D, 0.2, 1), wn = normals(Precision::fp32, "wn", D, 0.2, 1);
+                    const auto wr = normals(Precision::fp32, "wr", D, 0.2, 1),
+                               wn = normals(Precision::fp32, "wn", D, 0.2, 1);
                     std::vector<float> gout = sized<float>(rows * D), gu = gout, grstd = sized<float>(rows);
                     cuda::residual_norm_forward(k.precision, gout.data(), gu.data(), grstd.data(), x.data(),
-                                                residual ? m.data() : nullptr, wr.data(), wn.data(), 1e-6, drop, rows, D);
+                                                residual ? m.data() : nullptr, wr.data(), wn.data(), 1e-6, drop, rows,
+                                                D);
                     std::vector<double> out = wide(x), u = sized<double>(rows * D), rstd = sized<double>(rows);
                     if (residual) {
                         residual_forward(out.data(), wide(x).data(), wide(m).data(), wide(wr).data(), drop, rows, D);
@@ -188,7 +193,7 @@ TEST_CASE("cuda: RoPE equals the reference and is undone by its inverse") {
 TEST_CASE("cuda: attention equals the reference, forward and backward, at odd lengths and groups") {
     for (const Case& k : precisions)
         for (const int64 T : lengths({1, 63, 64, 65, 131, 200}))
-            for (const Shape& s : std::vector<Shape>{{1, 1, 6}, {4, 2, 32}, {6, 2, 64}, {2, 1, 70}, {3, 3, 128}}) {
+            for (const Shape& s : shapes({{1, 1, 6}, {4, 2, 32}, {6, 2, 64}, {2, 1, 70}, {3, 3, 128}})) {
                 const int64 B = 2, H = s[0], Hkv = s[1], P = s[2], ld = ((H + 2 * Hkv) * P + 7) / 8 * 8, rows = B * T;
                 CAPTURE(k.name);
                 CAPTURE(T);
@@ -196,13 +201,16 @@ TEST_CASE("cuda: attention equals the reference, forward and backward, at odd le
                 const Tolerance tol = tolerance(k.precision);
                 const AttentionShape n{B, T, T, H, Hkv, P, ld, ld, T * ld};
                 const int64 ko = H * P, vo = ko + Hkv * P;
-                const auto q = normals(k.precision, "qkv", rows * ld, 1.5), dy = normals(k.precision, "dy", rows * H * P);
+                const auto q = normals(k.precision, "qkv", rows * ld, 1.5),
+                           dy = normals(k.precision, "dy", rows * H * P);
                 const auto qd = wide(q), dyd = wide(dy);
-                std::vector<double> y = sized<double>(rows * H * P), lse = sized<double>(rows * H), d = sized<double>(rows * ld);
+                std::vector<double> y = sized<double>(rows * H * P), lse = sized<double>(rows * H),
+                                    d = sized<double>(rows * ld);
                 attention_forward(y.data(), lse.data(), qd.data(), qd.data() + ko, qd.data() + vo, n);
                 attention_backward(d.data(), d.data() + ko, d.data() + vo, dyd.data(), qd.data(), qd.data() + ko,
                                    qd.data() + vo, y.data(), lse.data(), n);
-                std::vector<float> gy = sized<float>(rows * H * P), glse = sized<float>(rows * H), gd = sized<float>(rows * ld);
+                std::vector<float> gy = sized<float>(rows * H * P), glse = sized<float>(rows * H),
+                                   gd = sized<float>(rows * ld);
                 cuda::attention_forward(k.precision, gy.data(), glse.data(), q.data(), q.data() + ko, q.data() + vo, n);
                 CHECK_EQ(compare("y", gy, y, tol.product), "");
                 CHECK_EQ(compare("lse", glse, lse, 1e-5), "");
@@ -214,7 +222,9 @@ TEST_CASE("cuda: attention equals the reference, forward and backward, at odd le
                     if (T == 1 && from < vo) {
                         for (const float g : columns(gd, ld, from, width)) CHECK(std::fabs(g) < nothing);
                     } else {
-                        CHECK_EQ(compare(name, columns(gd, ld, from, width), columns(d, ld, from, width), tol.difference), "");
+                        CHECK_EQ(
+                            compare(name, columns(gd, ld, from, width), columns(d, ld, from, width), tol.difference),
+                            "");
                     }
                 };
                 part("dq", 0, H * P);
@@ -230,7 +240,8 @@ TEST_CASE("cuda: attention of a few queries over a longer cache equals the refer
             CAPTURE(T);
             const int64 B = 2, H = 4, Hkv = 2, P = 24, S = T + 90, capacity = S + 5, ld = H * P;
             AttentionShape n{B, T, S, H, Hkv, P, ld, Hkv * P, capacity * Hkv * P};
-            const auto q = normals(k.precision, "q", B * T * ld), key = normals(k.precision, "k", B * capacity * Hkv * P),
+            const auto q = normals(k.precision, "q", B * T * ld),
+                       key = normals(k.precision, "k", B * capacity * Hkv * P),
                        v = normals(k.precision, "v", B * capacity * Hkv * P);
             std::vector<double> y = sized<double>(B * T * ld), lse = sized<double>(B * T * H);
             attention_forward(y.data(), lse.data(), wide(q).data(), wide(key).data(), wide(v).data(), n);
@@ -243,8 +254,9 @@ TEST_CASE("cuda: attention of a few queries over a longer cache equals the refer
 
 TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths, state sizes and head counts") {
     for (const Case& k : precisions)
-        for (const int64 T : lengths({1, 63, 64, 65, 131}))
-            for (const Shape& s : std::vector<Shape>{{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}})
+        for (const int64 T : lengths({1, 63, 64, 65, 131, 583}))  // 583: 10 chunks, cut into segments
+            for (const Shape& s :
+                 shapes({{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}}))
                 for (const bool states : {false, true}) {
                     const int64 B = 2, H = s[0], P = s[1], N = s[2], ld = (2 * H * N + H * P + 7) / 8 * 8, rows = B * T;
                     CAPTURE(k.name);
@@ -254,26 +266,30 @@ TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths,
                     const Tolerance tol = tolerance(k.precision);
                     const SsdShape n{B, T, H, P, N, 16, ld};
                     const int64 bo = H * N, xo = 2 * H * N, PN = B * H * P * N;
-                    const auto p = normals(k.precision, "proj", rows * ld), dY = normals(k.precision, "dY", rows * H * P);
+                    const auto p = normals(k.precision, "proj", rows * ld),
+                               dY = normals(k.precision, "dY", rows * H * P);
                     auto dt = normals(Precision::fp32, "dt", rows * H), dA = dt;
                     for (size_t i = 0; i < dt.size(); ++i) {  // steps of 0.01 to 0.3, decays from fast to slow by head
                         dt[i] = 0.05f * std::exp(0.8f * dt[i]);
                         dA[i] = -(1 + 7 * float(i % size_t(H))) * dt[i];
                     }
-                    const auto S0 = normals(Precision::fp32, "S0", PN, 0.5), dST = normals(Precision::fp32, "dST", PN, 0.5);
-                    const auto pd = wide(p), dYd = wide(dY), dtd = wide(dt), dAd = wide(dA), S0d = wide(S0), dSTd = wide(dST);
-                    std::vector<double> Y = sized<double>(rows * H * P), ST = sized<double>(PN), d = sized<double>(rows * ld),
-                                        ddt = sized<double>(rows * H), ddA = ddt, dS0 = ST,
-                                        kept = sized<double>(PN * ((T + 15) / 16));
-                    ssd_chunked_forward(Y.data(), ST.data(), kept.data(), pd.data(), pd.data() + bo, pd.data() + xo, dtd.data(),
-                                        dAd.data(), states ? S0d.data() : nullptr, n);
-                    ssd_chunked_backward(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(), dS0.data(), dYd.data(),
-                                         states ? dSTd.data() : nullptr, pd.data(), pd.data() + bo, pd.data() + xo, dtd.data(),
-                                         dAd.data(), kept.data(), n);
-                    std::vector<float> gY = sized<float>(rows * H * P), gST = sized<float>(PN), gd = sized<float>(rows * ld),
-                                       gddt = sized<float>(rows * H), gddA = gddt, gdS0 = gST;
-                    cuda::ssd_chunked_forward(k.precision, gY.data(), gST.data(), p.data(), p.data() + bo, p.data() + xo,
-                                              dt.data(), dA.data(), states ? S0.data() : nullptr, n);
+                    const auto S0 = normals(Precision::fp32, "S0", PN, 0.5),
+                               dST = normals(Precision::fp32, "dST", PN, 0.5);
+                    const auto pd = wide(p), dYd = wide(dY), dtd = wide(dt), dAd = wide(dA), S0d = wide(S0),
+                               dSTd = wide(dST);
+                    std::vector<double> Y = sized<double>(rows * H * P), ST = sized<double>(PN),
+                                        d = sized<double>(rows * ld), ddt = sized<double>(rows * H), ddA = ddt,
+                                        dS0 = ST, kept = sized<double>(PN * ((T + 15) / 16));
+                    ssd_chunked_forward(Y.data(), ST.data(), kept.data(), pd.data(), pd.data() + bo, pd.data() + xo,
+                                        dtd.data(), dAd.data(), states ? S0d.data() : nullptr, n);
+                    ssd_chunked_backward(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(), dS0.data(),
+                                         dYd.data(), states ? dSTd.data() : nullptr, pd.data(), pd.data() + bo,
+                                         pd.data() + xo, dtd.data(), dAd.data(), kept.data(), n);
+                    std::vector<float> gY = sized<float>(rows * H * P), gST = sized<float>(PN),
+                                       gd = sized<float>(rows * ld), gddt = sized<float>(rows * H), gddA = gddt,
+                                       gdS0 = gST;
+                    cuda::ssd_chunked_forward(k.precision, gY.data(), gST.data(), p.data(), p.data() + bo,
+                                              p.data() + xo, dt.data(), dA.data(), states ? S0.data() : nullptr, n);
                     CHECK_EQ(compare("Y", gY, Y, tol.product), "");
                     CHECK_EQ(compare("S_T", gST, ST, tol.product), "");
                     cuda::ssd_chunked_backward(k.precision, gd.data(), gddt.data(), gddA.data(), gdS0.data(), dY.data(),
@@ -302,10 +318,10 @@ TEST_CASE("cuda: the SSD decode step equals the recurrence") {
             std::vector<float> S = normals(Precision::fp32, "S", PN), gY = sized<float>(B * H * P), gS = S;
             std::vector<double> Sd = wide(S), Y = sized<double>(B * H * P);
             const auto pd = wide(p);
-            ssd_recurrent_forward(Y.data(), Sd.data(), pd.data(), pd.data() + H * N, pd.data() + 2 * H * N, wide(dt).data(),
-                                  wide(dA).data(), Sd.data(), n);
-            cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), p.data() + H * N, p.data() + 2 * H * N, dt.data(),
-                           dA.data(), n);
+            ssd_recurrent_forward(Y.data(), Sd.data(), pd.data(), pd.data() + H * N, pd.data() + 2 * H * N,
+                                  wide(dt).data(), wide(dA).data(), Sd.data(), n);
+            cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), p.data() + H * N, p.data() + 2 * H * N,
+                           dt.data(), dA.data(), n);
             CHECK_EQ(compare("Y", gY, Y, tolerance(k.precision).plain), "");
             CHECK_EQ(compare("S", gS, Sd, 1e-6), "");  // fp32 in any precision
         }
@@ -317,16 +333,18 @@ TEST_CASE("cuda: dt, its decay and their gradients equal the reference") {
         const auto raw = normals(Precision::fp32, "raw", rows * ld, 8), bias = normals(Precision::fp32, "bias", H),
                    log = normals(Precision::fp32, "log", H), ddt = normals(Precision::fp32, "ddt", rows * H),
                    ddA = normals(Precision::fp32, "ddA", rows * H);
-        std::vector<double> dt = sized<double>(rows * H), dA = dt, draw = sized<double>(rows * ld), dbias = wide(bias), dlog = wide(log);
+        std::vector<double> dt = sized<double>(rows * H), dA = dt, draw = sized<double>(rows * ld), dbias = wide(bias),
+                            dlog = wide(log);
         ssd_dt_forward(dt.data(), dA.data(), wide(raw).data(), wide(bias).data(), wide(log).data(), decay, rows, H, ld);
-        std::vector<float> gdt = sized<float>(rows * H), gdA = gdt, gdraw = sized<float>(rows * ld), gdbias = bias, gdlog = log;
+        std::vector<float> gdt = sized<float>(rows * H), gdA = gdt, gdraw = sized<float>(rows * ld), gdbias = bias,
+                           gdlog = log;
         cuda::ssd_dt_forward(gdt.data(), gdA.data(), raw.data(), bias.data(), log.data(), decay, rows, H, ld);
         CHECK_EQ(compare("dt", gdt, dt, 1e-6), "");
         CHECK_EQ(compare("dA", gdA, dA, 1e-6), "");
         ssd_dt_backward(draw.data(), dbias.data(), dlog.data(), wide(ddt).data(), wide(ddA).data(), wide(raw).data(),
                         wide(bias).data(), wide(log).data(), dA.data(), decay, rows, H, ld);
-        cuda::ssd_dt_backward(gdraw.data(), gdbias.data(), gdlog.data(), ddt.data(), ddA.data(), raw.data(), bias.data(),
-                              log.data(), gdA.data(), decay, rows, H, ld);
+        cuda::ssd_dt_backward(gdraw.data(), gdbias.data(), gdlog.data(), ddt.data(), ddA.data(), raw.data(),
+                              bias.data(), log.data(), gdA.data(), decay, rows, H, ld);
         CHECK_EQ(compare("ddt_raw", gdraw, draw, 1e-5), "");
         CHECK_EQ(compare("ddt_bias", gdbias, dbias, 1e-5), "");
         CHECK_EQ(compare("dA_log", gdlog, dlog, 1e-5), "");
@@ -490,11 +508,15 @@ TEST_CASE("cuda: loss, logits and every gradient of the whole model equal the CP
             const auto g = read_buffer(*gpu, Buffer::gradients);
             for (const ParamSpec& s : truth.table.specs) {
                 if (s.param == Param::A_log && !c.ssd_decay) continue;  // exactly zero
-                // One number per head: sums over all tokens that nearly cancel, so that what remains is small beside its parts.
+                // One number per head: sums over all tokens that nearly cancel, so that what remains is small beside
+                // its parts.
                 const bool per_head = s.param == Param::A_log || s.param == Param::dt_bias;
-                CHECK_EQ(compare("gradient of " + s.name, g.data() + s.offset, truth.gradients.data() + s.offset, s.count,
-                                 exact ? 1e-3 : per_head ? 0.5 : 0.15),
-                         "");
+                CHECK_EQ(
+                    compare("gradient of " + s.name, g.data() + s.offset, truth.gradients.data() + s.offset, s.count,
+                            exact      ? 1e-3
+                            : per_head ? 0.5
+                                       : 0.15),
+                    "");
             }
             double squares = 0;
             for (const float x : g) squares += double(x) * double(x);
@@ -518,7 +540,8 @@ TEST_CASE("cuda: prefill in any split and single steps equal the CPU's full pass
             const auto gpu = make_cuda_engine(c, k.precision);
             gpu->write(Buffer::weights, w.data());
             const double tol = k.precision == Precision::fp32 ? 1e-4 : 0.06;
-            for (const std::vector<int64>& split : std::vector<std::vector<int64>>{{70}, {1, 69}, {64, 6}, {65, 1, 1, 3}, {1, 1, 66, 2}}) {
+            for (const std::vector<int64>& split :
+                 std::vector<std::vector<int64>>{{70}, {1, 69}, {64, 6}, {65, 1, 1, 3}, {1, 1, 66, 2}}) {
                 const auto state = gpu->new_state(B, T + 3);
                 int64 at = 0;
                 for (const int64 n : split) {
@@ -621,7 +644,8 @@ TEST_CASE("cuda: logits too many to be kept are made again, with the same loss a
         gpu->backward(1.0 / double(B));
     }
     CHECK(parts == doctest::Approx(all).epsilon(1e-6));
-    CHECK_EQ(compare("gradients", read_buffer(*gpu, Buffer::gradients), want, 2e-2), "");  // du is rounded at another scale
+    CHECK_EQ(compare("gradients", read_buffer(*gpu, Buffer::gradients), want, 2e-2),
+             "");  // du is rounded at another scale
 }
 
 TEST_CASE("cuda: what cannot be done is one line that says why") {
