@@ -2288,7 +2288,9 @@ Model<A>::Model(const Config& c)
         if (c.is_attention(i) && c.P() > kAttentionMaxP)
             fail("attention on the GPU: the head dimension is %lld; at most %lld is supported", (long long)c.P(),
                  (long long)kAttentionMaxP);
-    CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    // An ordinary stream, which waits for the default one: that is where cudaMemset and cudaMemcpy work, and they may return
+    // before they are done.
+    CHECK_CUDA(cudaStreamCreate(&stream));
 
     // The matrices, and where their rounded copies lie: 256 bytes apart, so that each begins aligned.
     const auto add = [&](Param p, int64 layer, int64 out, int64 in, bool pad) {
