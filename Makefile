@@ -4,6 +4,8 @@
 # Objects and header dependencies (-MMD) lie in build/. Each program's .cpp is a library to the others and a program of its
 # own: NAME.o has no main, NAME.main.o (compiled with -DNAME_MAIN) has one.
 
+# With a CUDA compiler also ./transxssm, and ./train can use the GPU.
+
 PROGRAMS := ref_cpu train tokenizer
 
 BUILD ?= build
@@ -41,7 +43,37 @@ endif
 CXXFLAGS ?= -O3 $(ARCH)
 WERROR   ?= -Werror
 FLAGS    = -std=c++17 $(CXXFLAGS) -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wpedantic -Wshadow -Wno-psabi $(WERROR) \
-           $(if $(filter 1,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas)
+           $(if $(filter 1,$(OPENMP)),-fopenmp,-Wno-unknown-pragmas) $(WITH_CUDA)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA
+# ---------------------------------------------------------------------------------------------------------------------
+# nvcc on the PATH, or where the toolkit installs it; `make CUDA=0` builds without. The code is for this machine's GPU; where
+# there is none, for compute capability 8.0 and 9.0, with PTX that the driver translates for later ones. CUDA_ARCH=sm_90 says
+# otherwise; several are separated by blanks.
+
+ifneq ($(filter-out clean help format,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(CUDA),0)
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+endif
+endif
+ifneq ($(NVCC),)
+CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+ifeq ($(origin CUDA_ARCH),undefined)
+CUDA_ARCH := $(patsubst %,sm_%,$(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$'))))
+endif
+CUDA_TARGETS := $(patsubst sm_%,%,$(or $(CUDA_ARCH),sm_80 sm_90))
+CUDA_CODE    := $(foreach a,$(CUDA_TARGETS),-gencode=arch=compute_$(a),code=sm_$(a)) \
+                $(if $(CUDA_ARCH),,$(foreach a,$(lastword $(CUDA_TARGETS)),-gencode=arch=compute_$(a),code=compute_$(a)))
+# nvcc splits the file and hands the host's part to CXX, with warnings of its own on code that nvcc wrote: hence no -Wpedantic.
+CUDA_FLAGS    = -std=c++17 -O3 $(CUDA_CODE) -ccbin '$(CXX)' -Xcompiler -Wall,-Wextra,-Wshadow \
+                $(if $(WERROR),-Werror all-warnings -Xcompiler -Werror)
+CUDA_LIBS     = -L$(CUDA_HOME)/lib64 -Wl$(comma)-rpath$(comma)$(CUDA_HOME)/lib64 -lcublasLt -lcudart_static -ldl -lrt -lpthread
+CUDA_OBJECT   = $(BUILD)/transxssm.o
+WITH_CUDA    := -DWITH_CUDA
+PROGRAMS     += transxssm
+comma        := ,
+endif
 
 # All processors, unless -j was given or several targets are to be made in their order.
 ifeq ($(filter -j%,$(MAKEFLAGS))$(filter-out 0,$(MAKELEVEL)),)
@@ -61,19 +93,29 @@ endif
 all: $(PROGRAMS:%=$(BIN)/%)
 
 $(BIN)/ref_cpu:   $(BUILD)/ref_cpu.main.o $(BUILD)/tokenizer.o
-$(BIN)/train:     $(BUILD)/train.main.o $(BUILD)/ref_cpu.o $(BUILD)/tokenizer.o
+$(BIN)/train:     $(BUILD)/train.main.o $(BUILD)/ref_cpu.o $(BUILD)/tokenizer.o $(CUDA_OBJECT)
 $(BIN)/tokenizer: $(BUILD)/tokenizer.main.o
+$(BIN)/transxssm: $(BUILD)/transxssm.main.o $(BUILD)/ref_cpu.o $(BUILD)/tokenizer.o $(CUDA_OBJECT)
 
 # V=1 shows the commands.
 Q := $(if $(V),,@)
 
 $(PROGRAMS:%=$(BIN)/%):
 	@echo "  link    $@"
-	$(Q)$(CXX) $(FLAGS) -o $@ $^ $(LDFLAGS)
+	$(Q)$(CXX) $(FLAGS) -o $@ $^ $(if $(filter $(CUDA_OBJECT),$^),$(CUDA_LIBS)) $(LDFLAGS)
 
 $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@echo "  compile $<"
 	$(Q)$(CXX) $(FLAGS) -MMD -MP -c -o $@ $<
+
+# The kernels are compiled once; transxssm.main.o has main() alone.
+$(BUILD)/transxssm.o: transxssm.cu $(BUILD)/flags
+	@echo "  compile $<"
+	$(Q)$(NVCC) $(CUDA_FLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/transxssm.main.o: transxssm.cu $(BUILD)/flags
+	@echo "  compile $< (program)"
+	$(Q)$(NVCC) $(CUDA_FLAGS) -DTRANSXSSM_MAIN -MMD -MP -c -o $@ $<
 
 $(BUILD)/%.main.o: %.cpp $(BUILD)/flags
 	@echo "  compile $< (program)"
@@ -82,8 +124,9 @@ $(BUILD)/%.main.o: %.cpp $(BUILD)/flags
 # Everything depends on this file, which changes only when the compiler, its flags or this directory's place do.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)/test
-	@echo '$(CXX) $(FLAGS) $(LDFLAGS) in $(CURDIR)' >$@.new
-	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; echo "$(CXX) $(FLAGS) $(LDFLAGS)"; fi
+	@echo "$(CXX) $(FLAGS) $(LDFLAGS) in $(CURDIR) $(if $(NVCC),$(NVCC) $(CUDA_FLAGS))" >$@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; echo "$(CXX) $(FLAGS) $(LDFLAGS)"; \
+	    echo "CUDA: $(if $(NVCC),$(NVCC) for $(CUDA_TARGETS:%=sm_%)$(if $(CUDA_ARCH),, and PTX: no GPU found),left out)"; fi
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tests
@@ -104,7 +147,7 @@ $(TEST_OBJECTS): $(BUILD)/test/%.o: test/%.cpp $(BUILD)/flags | doctest
 
 $(BUILD)/tests: $(TEST_OBJECTS) $(PROGRAMS:%=$(BUILD)/%.o)
 	@echo "  link    $@"
-	$(Q)$(CXX) $(FLAGS) -o $@ $^ $(LDFLAGS)
+	$(Q)$(CXX) $(FLAGS) -o $@ $^ $(if $(CUDA_OBJECT),$(CUDA_LIBS)) $(LDFLAGS)
 
 # TESTS='-tc=ssd*' runs some of them; the last line counts them.
 test: all $(BUILD)/tests
@@ -138,10 +181,10 @@ format:
 	clang-format -i $(wildcard *.h *.cpp *.cu test/*.h test/*.cpp)
 
 clean:
-	rm -rf build $(PROGRAMS)
+	rm -rf build $(PROGRAMS) transxssm
 
 help:
-	@echo 'make            build ./train, ./ref_cpu and ./tokenizer'
+	@echo 'make            build ./train, ./ref_cpu and ./tokenizer, and with a CUDA compiler ./transxssm'
 	@echo 'make run        build, then ./train: train the tiny preset on this repository, with a sample at the end'
 	@echo "make test       build and run the tests; TESTS='-tc=ssd*' runs those whose name matches"
 	@echo 'make sanitize   the tests with the address and undefined-behaviour sanitizers'
@@ -154,5 +197,6 @@ help:
 	@echo 'CXX=clang++     the compiler                OPENMP=0    one thread, no OpenMP'
 	@echo "ARCH=           no -march=native            CXXFLAGS=   in place of '-O3 -march=native'"
 	@echo 'WERROR=         let warnings pass           V=1         show the commands'
+	@echo 'CUDA=0          without the CUDA engine     CUDA_ARCH=  sm_90, say: the GPUs to compile for'
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/test/*.d)

@@ -1578,6 +1578,86 @@ std::string Model<T>::find_non_finite() const {
 // 13  The engine
 // ---------------------------------------------------------------------------------------------------------------------
 
+void save_state(const Config& config, const ModelState<float>& s, const std::string& path) {
+    const int64 row = config.Hkv * config.P();
+    std::vector<std::vector<float>> used;  // K and V without the room that is still free
+    std::vector<TensorView> tensors;
+    used.reserve(size_t(2 * config.L));
+    for (int64 i = 0; i < config.L; ++i) {
+        const std::string prefix = format("layers.%lld.", (long long)i);
+        const auto& layer = s.layers[size_t(i)];
+        if (!config.is_attention(i)) {
+            tensors.push_back(
+                {prefix + "ssm_state", DType::F32, {s.B, config.H, config.P(), config.N}, layer.S.data()});
+            continue;
+        }
+        for (const auto* cache : {&layer.k, &layer.v}) {
+            used.emplace_back();
+            for (int64 b = 0; b < s.B; ++b) {
+                const float* from = cache->data() + b * s.capacity * row;
+                used.back().insert(used.back().end(), from, from + s.position * row);
+            }
+            tensors.push_back({prefix + (cache == &layer.k ? "k" : "v"),
+                               DType::F32,
+                               {s.B, s.position, config.Hkv, config.P()},
+                               used.back().data()});
+        }
+    }
+    tensors.push_back({"position", DType::I64, {1}, &s.position});
+    tensors.push_back({"batch", DType::I64, {1}, &s.B});
+    write_safetensors(path, tensors);
+}
+
+std::unique_ptr<ModelState<float>> load_state(const Config& config, const std::string& path, int64 capacity) {
+    const SafeTensors f(path);
+    const auto entry = [&](const std::string& name) -> const SafeTensors::Entry& {
+        const SafeTensors::Entry* e = f.find(name);
+        if (!e) fail("%s: tensor '%s' is missing", path.c_str(), name.c_str());
+        return *e;
+    };
+    const int64 position = f.read_integer(entry("position")), B = f.read_integer(entry("batch"));
+    if (position < 0 || position > capacity || B < 1 || B > INT32_MAX)
+        fail("%s: position %lld, batch %lld: expected a position of 0..%lld (the capacity), a batch of at least 1",
+             path.c_str(), (long long)position, (long long)B, (long long)capacity);
+    // Every shape is looked at before anything is allocated: a corrupt batch must not ask for all memory.
+    const Shape S_shape = {B, config.H, config.P(), config.N}, kv_shape = {B, position, config.Hkv, config.P()};
+    const auto checked = [&](int64 layer, const char* what) -> const SafeTensors::Entry& {
+        const SafeTensors::Entry& e = entry(format("layers.%lld.%s", (long long)layer, what));
+        const Shape& want = config.is_attention(layer) ? kv_shape : S_shape;
+        if (e.shape != want)
+            fail("%s: tensor '%s' has shape %s, expected %s", path.c_str(), e.name.c_str(),
+                 to_text(e.shape).c_str(), to_text(want).c_str());
+        return e;
+    };
+    size_t expected = 2;  // position, batch
+    for (int64 i = 0; i < config.L; ++i)
+        for (const char* what : {"ssm_state", "k", "v"})
+            if ((what[0] == 's') != config.is_attention(i)) {
+                checked(i, what);
+                ++expected;
+            }
+    if (f.entries.size() != expected)
+        fail("%s: %zu tensors, expected %zu: this is the state of another model", path.c_str(), f.entries.size(),
+             expected);
+    auto s = std::make_unique<ModelState<float>>(config, B, capacity);
+    s->position = position;
+    const int64 row = config.Hkv * config.P();
+    std::vector<float> used(size_t(B * position * row));
+    for (int64 i = 0; i < config.L; ++i) {
+        auto& layer = s->layers[size_t(i)];
+        if (!config.is_attention(i)) {
+            f.read(checked(i, "ssm_state"), layer.S.data());
+            continue;
+        }
+        for (auto* cache : {&layer.k, &layer.v}) {
+            f.read(checked(i, cache == &layer.k ? "k" : "v"), used.data());
+            for (int64 b = 0; b < B; ++b)
+                std::copy_n(used.data() + b * position * row, position * row, cache->data() + b * capacity * row);
+        }
+    }
+    return s;
+}
+
 class CpuEngine : public Engine {
   public:
     explicit CpuEngine(const Config& c) : Engine(c), model(c) {}
@@ -1634,83 +1714,10 @@ class CpuEngine : public Engine {
         std::copy(model.logits.begin(), model.logits.end(), logits);
     }
     void save_state(const State& state, const std::string& path) const override {
-        const auto& s = static_cast<const ModelState<float>&>(state);
-        const int64 row = config.Hkv * config.P();
-        std::vector<std::vector<float>> used;  // K and V without the room that is still free
-        std::vector<TensorView> tensors;
-        used.reserve(size_t(2 * config.L));
-        for (int64 i = 0; i < config.L; ++i) {
-            const std::string prefix = format("layers.%lld.", (long long)i);
-            const auto& layer = s.layers[size_t(i)];
-            if (!config.is_attention(i)) {
-                tensors.push_back(
-                    {prefix + "ssm_state", DType::F32, {s.B, config.H, config.P(), config.N}, layer.S.data()});
-                continue;
-            }
-            for (const auto* cache : {&layer.k, &layer.v}) {
-                used.emplace_back();
-                for (int64 b = 0; b < s.B; ++b) {
-                    const float* from = cache->data() + b * s.capacity * row;
-                    used.back().insert(used.back().end(), from, from + s.position * row);
-                }
-                tensors.push_back({prefix + (cache == &layer.k ? "k" : "v"),
-                                   DType::F32,
-                                   {s.B, s.position, config.Hkv, config.P()},
-                                   used.back().data()});
-            }
-        }
-        tensors.push_back({"position", DType::I64, {1}, &s.position});
-        tensors.push_back({"batch", DType::I64, {1}, &s.B});
-        write_safetensors(path, tensors);
+        ref::save_state(config, static_cast<const ModelState<float>&>(state), path);
     }
     std::unique_ptr<State> load_state(const std::string& path, int64 capacity) const override {
-        const SafeTensors f(path);
-        const auto entry = [&](const std::string& name) -> const SafeTensors::Entry& {
-            const SafeTensors::Entry* e = f.find(name);
-            if (!e) fail("%s: tensor '%s' is missing", path.c_str(), name.c_str());
-            return *e;
-        };
-        const int64 position = f.read_integer(entry("position")), B = f.read_integer(entry("batch"));
-        if (position < 0 || position > capacity || B < 1 || B > INT32_MAX)
-            fail("%s: position %lld, batch %lld: expected a position of 0..%lld (the capacity), a batch of at least 1",
-                 path.c_str(), (long long)position, (long long)B, (long long)capacity);
-        // Every shape is looked at before anything is allocated: a corrupt batch must not ask for all memory.
-        const Shape S_shape = {B, config.H, config.P(), config.N}, kv_shape = {B, position, config.Hkv, config.P()};
-        const auto checked = [&](int64 layer, const char* what) -> const SafeTensors::Entry& {
-            const SafeTensors::Entry& e = entry(format("layers.%lld.%s", (long long)layer, what));
-            const Shape& want = config.is_attention(layer) ? kv_shape : S_shape;
-            if (e.shape != want)
-                fail("%s: tensor '%s' has shape %s, expected %s", path.c_str(), e.name.c_str(),
-                     to_text(e.shape).c_str(), to_text(want).c_str());
-            return e;
-        };
-        size_t expected = 2;  // position, batch
-        for (int64 i = 0; i < config.L; ++i)
-            for (const char* what : {"ssm_state", "k", "v"})
-                if ((what[0] == 's') != config.is_attention(i)) {
-                    checked(i, what);
-                    ++expected;
-                }
-        if (f.entries.size() != expected)
-            fail("%s: %zu tensors, expected %zu: this is the state of another model", path.c_str(), f.entries.size(),
-                 expected);
-        auto s = std::make_unique<ModelState<float>>(config, B, capacity);
-        s->position = position;
-        const int64 row = config.Hkv * config.P();
-        std::vector<float> used(size_t(B * position * row));
-        for (int64 i = 0; i < config.L; ++i) {
-            auto& layer = s->layers[size_t(i)];
-            if (!config.is_attention(i)) {
-                f.read(checked(i, "ssm_state"), layer.S.data());
-                continue;
-            }
-            for (auto* cache : {&layer.k, &layer.v}) {
-                f.read(checked(i, cache == &layer.k ? "k" : "v"), used.data());
-                for (int64 b = 0; b < B; ++b)
-                    std::copy_n(used.data() + b * position * row, position * row, cache->data() + b * capacity * row);
-            }
-        }
-        return s;
+        return ref::load_state(config, path, capacity);
     }
 
   private:
@@ -3131,6 +3138,15 @@ double activation_bytes(const Config& c, int64 B, int64 T) {
 }
 
 }  // namespace
+
+double flops_per_token(const Config& c, int64 T) {
+    const ParamTable table(c);
+    const double attention = double(attention_layers(c)), ssd = double(c.L) - attention;
+    double weights = c.tie ? 0.0 : -double(c.V * c.D);  // the embedding multiplies only as the tied head
+    for (const ParamSpec& s : table.specs) weights += s.shape.size() == 2 ? double(s.count) : 0.0;
+    // a query meets (T+1)/2 keys on average: 2 P for the score, 2 P for the value; a state takes 2 N P to update and to read
+    return 6 * weights + 3 * double(c.D) * (attention * 2 * (double(T) + 1) + ssd * 4 * double(c.N));
+}
 
 std::string describe(const Config& c, int64 B, int64 T) {
     const ParamTable table(c);

@@ -159,12 +159,31 @@ void check_settings(const Settings& s) {
                     (long long)s.batch, (long long)s.grad_accum, (long long)s.config.T, (long long)s.steps);
 }
 
-// What this build can do.
-std::string check_device(const Settings& s) {
+// The engine that --device and --precision ask for; `note` says why it is not the GPU, if auto chose.
+std::unique_ptr<Engine> make_engine(const Settings& s, std::string* note) {
+#ifdef WITH_CUDA
+    const std::string problem = s.device == "cpu" ? "" : cuda::problem();
+    if (s.device == "cuda" || (s.device == "auto" && problem.empty()))
+        return make_cuda_engine(s.config, s.precision == "fp32" ? Precision::fp32 : Precision::bf16);
+#else
+    const std::string problem = "no CUDA engine in this build";
+#endif
+    if (s.device == "auto") *note = " (" + problem + ")";
+    return make_cpu_engine(s.config);
+}
+
+// Refuses what this build or machine cannot do, before anything is read or written.
+void check_device(const Settings& s) {
+#ifdef WITH_CUDA
+    const std::string problem = s.device == "cpu" ? "" : cuda::problem();
+    if (s.device == "cuda" && !problem.empty()) fail("--device cuda: %s; --device cpu or auto works", problem.c_str());
+    if (s.recompute) fail("--recompute: not yet available");
+    if (s.device == "cuda" || (s.device == "auto" && problem.empty())) return;
+#else
     if (s.device == "cuda") fail("--device cuda: this build has no CUDA engine; --device cpu or auto works");
+#endif
     if (s.precision == "bf16") fail("--precision bf16: the CPU engine computes in fp32 only");
     if (s.recompute) fail("--recompute: the CPU engine keeps all activations; only the CUDA engine can recompute them");
-    return s.device == "auto" ? " (no CUDA engine in this build)" : "";
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -853,9 +872,10 @@ std::string duration_text(double seconds) {
 // On a terminal one line that is rewritten; elsewhere some twenty lines for the whole run, or one every ten seconds.
 class Progress {
   public:
-    // From step `from` to `to` of a schedule of `total` steps.
-    Progress(int64 from, int64 to, int64 total)
-        : first(from), last(to), steps(total), terminal(isatty(1)), shown_at(wall_seconds()) {}
+    // From step `from` to `to` of a schedule of `total` steps. A token takes `share` of what the device can do in a second
+    // (0: not known).
+    Progress(int64 from, int64 to, int64 total, double share)
+        : first(from), last(to), steps(total), peak_share(share), terminal(isatty(1)), shown_at(wall_seconds()) {}
 
     void step(const std::vector<LogRow>& rows, double busy_seconds) {
         const LogRow& r = rows.back();
@@ -871,9 +891,11 @@ class Progress {
             loss += rows[i].train_loss / double(n);
             rate += 1 / std::max(1.0, rows[i].tokens_per_s) / double(n);
         }
-        const std::string line = format(
-            "%s  loss %.4f  lr %.2e  |grad| %.3f  %s tokens/s  ETA %s", label(r.step).c_str(), loss, r.lr, r.grad_norm,
-            with_commas(llround(1 / rate)).c_str(), duration_text(per_step * double(last - r.step)).c_str());
+        const std::string mfu = peak_share > 0 ? format("  MFU %.1f%%", 100 * peak_share / rate) : "";
+        const std::string line =
+            format("%s  loss %.4f  lr %.2e  |grad| %.3f  %s tokens/s%s  ETA %s", label(r.step).c_str(), loss, r.lr,
+                   r.grad_norm, with_commas(llround(1 / rate)).c_str(), mfu.c_str(),
+                   duration_text(per_step * double(last - r.step)).c_str());
         printf(terminal ? "\r\033[K%s" : "%s\n", line.c_str());
         fflush(stdout);
         moving = terminal;
@@ -897,6 +919,7 @@ class Progress {
 
   private:
     int64 first, last, steps;
+    double peak_share;
     bool terminal, moving = false;
     double shown_at;
 };
@@ -1032,7 +1055,8 @@ struct Run {
     // Trains to the end, to --stop-after or to a signal.
     void loop(Log* log) {
         const int64 first = at.step, end = s.stop_after > 0 ? std::min(s.stop_after, s.steps) : s.steps;
-        Progress progress(first, end, s.steps);
+        const double peak = engine.peak();
+        Progress progress(first, end, s.steps, peak > 0 ? flops_per_token(s.config, s.config.T) / peak : 0);
         const double began = wall_seconds();
         try {
             while (at.step < end && !stop_requested) {
@@ -1094,7 +1118,9 @@ struct Run {
         printf("  saved in         %s: %s, %slog.csv%s\n", dir.path.c_str(),
                (latest + (best == latest ? " (the latest and the best)" : " (the latest)")).c_str(),
                best.empty() || best == latest ? "" : (best + " (the best), ").c_str(), drawn ? ", loss.svg" : "");
-        printf("  sample           %s sample %s --prompt 'The '\n", shell_word(bin + "/ref_cpu").c_str(), out.c_str());
+        const bool on_cpu = engine.device().compare(0, 3, "CPU") == 0;
+        printf("  sample           %s sample %s --prompt 'The '\n",
+               shell_word(bin + (on_cpu ? "/ref_cpu" : "/transxssm")).c_str(), out.c_str());
         printf("  %s %s --resume %s%s\n", finished ? "train longer    " : "resume          ",
                shell_word(program).c_str(), out.c_str(),
                finished ? format(" --steps %lld", (long long)std::min<int64>(2 * s.steps, INT32_MAX)).c_str() : "");
@@ -1263,7 +1289,7 @@ int train_program(int argc, char** argv) {
     if (resuming) at = take_settings(checkpoint, &options, &s, argc, argv);
     if (from_model) take_config(checkpoint, options, &s);
     check_settings(s);
-    const std::string device_note = check_device(s);
+    check_device(s);
     if (!resuming) {
         for (std::string& f : s.data) f = absolute_path(f);  // so that the run can be resumed from any directory
         for (std::string& f : s.val_data) f = absolute_path(f);
@@ -1354,8 +1380,11 @@ int train_program(int argc, char** argv) {
     }
 
     // The engine, and what it starts from.
-    std::unique_ptr<Engine> engine = make_cpu_engine(s.config);
+    std::string device_note;
+    std::unique_ptr<Engine> engine = make_engine(s, &device_note);
     printf("device      %s%s\n", engine->device().c_str(), device_note.c_str());
+    const std::string plan = engine->plan(s.batch, s.config.T);
+    if (!plan.empty()) printf("            %s\n", plan.c_str());
     engine->write(Buffer::weights,
                   (checkpoint.empty() ? initial_weights(s.config, s.seed) : load_weights(checkpoint, s.config)).data());
     if (resuming) read_optimizer(checkpoint + "/optimizer.safetensors", engine.get());

@@ -31,8 +31,8 @@
 //     cs        inclusive cumulative sum of dA inside a chunk     S state (P,N) of a head
 //     Matrices are row-major; a weight is (out, in) and y = x W^T. No biases but dt_bias.
 //
-// READING ORDER  this file; ref_cpu.cpp, the same model in loops; train.cpp; docs/ beside them. common.h holds the small
-// pieces (errors, JSON, tensor files, options, random numbers) and can wait.
+// READING ORDER  this file; ref_cpu.cpp, the same model in loops; train.cpp; docs/ beside them. common.h holds the
+// small pieces (errors, JSON, tensor files, options, random numbers) and can wait.
 #pragma once
 
 #include "common.h"
@@ -143,8 +143,8 @@ struct State {
 };
 
 // Where the dropout masks come from. Element e of a tensor (rows,D) is dropped if word e % 4 of the Philox block
-// (seed, "dropout") at counter words (low 32 bits of e/4, step, micro_batch, site << 8 | e/4 >> 32) is below p * 2^32, where
-// site = 2 * layer + {0 mixer, 1 feed-forward}. Every engine compares the same integers.
+// (seed, "dropout") at counter words (low 32 bits of e/4, step, micro_batch, site << 8 | e/4 >> 32) is below p *
+// 2^32, where site = 2 * layer + {0 mixer, 1 feed-forward}. Every engine compares the same integers.
 struct DropoutKey {
     uint64_t seed;
     uint32_t step, micro_batch;
@@ -164,6 +164,10 @@ class Engine {
     explicit Engine(const Config& c) : config(c), table(c) {}
     virtual ~Engine() = default;
     virtual std::string device() const = 0;  // for a person: "CPU, 2 threads, fp32"
+    // What a GPU has to say beyond that: matrix operations per second by its data sheet (0: not known), and the
+    // memory that training on (B,T) takes ("": nothing to say).
+    virtual double peak() const { return 0; }
+    virtual std::string plan(int64 /*B*/, int64 /*T*/) { return ""; }
 
     // Copies all of a buffer (table.count floats, in table order) from or to the host.
     virtual void write(Buffer, const float* host) = 0;
@@ -192,6 +196,15 @@ class Engine {
 };
 
 std::unique_ptr<Engine> make_cpu_engine(const Config&);
+
+// On the GPU (transxssm.cu): activations and matrix products in bf16 with fp32 sums, or everything in fp32. Throws if
+// there is no GPU that it can use. Only in builds with CUDA (WITH_CUDA).
+enum class Precision { fp32, bf16 };
+std::unique_ptr<Engine> make_cuda_engine(const Config&, Precision);
+namespace cuda {
+std::string problem();                     // "" if there is a GPU that can be used, else why not
+int bench_command(int argc, char** argv);  // transxssm bench
+}  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Model directories, tokenizer, sampling: shared by all programs
@@ -256,6 +269,9 @@ Evaluation evaluate(Engine&, const Tokenizer&, const std::vector<int32_t>& token
 
 // "layer 0-6 ssd, 7 attention", parameters, memory: what `info` and `--dry-run` print. B = T = 0 leaves memory out.
 std::string describe(const Config&, int64 B, int64 T);
+// Operations that training one token takes in the model's own terms, whatever the engine does: 6 per weight of a
+// matrix that multiplies, and three times the forward's scores and values, or state updates and reads.
+double flops_per_token(const Config&, int64 T);
 
 // The commands `sample`, `eval`, `info`, `export` and `import` of ref_cpu and transxssm, on any engine. argv[0] is the command.
 using EngineFactory = std::function<std::unique_ptr<Engine>(const Config&)>;
@@ -283,8 +299,9 @@ int train_main(int argc, char** argv);
 // ---------------------------------------------------------------------------------------------------------------------
 // The layers of the CPU reference, for tests, the oracle and readers (ref_cpu.cpp; T is float or double)
 // ---------------------------------------------------------------------------------------------------------------------
-// Order of arguments: outputs, inputs, parameters, saved values, dimensions. A gradient has the name of its tensor after a d.
-// Gradients of parameters, and of tensors that several ops read, are ADDED to (+=); other gradients are set (=).
+// Order of arguments: outputs, inputs, parameters, saved values, dimensions. A gradient has the name of its tensor
+// after a d. Gradients of parameters, and of tensors that several ops read, are ADDED to (+=); other gradients are
+// set (=).
 
 namespace ref {
 
@@ -430,6 +447,10 @@ struct ModelState : State {
     ModelState(const Config&, int64 B, int64 capacity);
 };
 
+// State files: every engine writes and reads its states through this one.
+void save_state(const Config&, const ModelState<float>&, const std::string& path);
+std::unique_ptr<ModelState<float>> load_state(const Config&, const std::string& path, int64 capacity);
+
 // The whole model in precision T. Engine methods of the same names are thin wrappers of these, with T = float.
 template <class T>
 class Model {
@@ -492,3 +513,56 @@ struct GradientError {
 std::vector<GradientError> gradient_check();
 
 }  // namespace ref
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The layers on the GPU, for tests (transxssm.cu, section 14)
+// ---------------------------------------------------------------------------------------------------------------------
+// Twins of the above on host arrays: inputs are rounded to the precision's type of activations, the GPU's kernels
+// run, and outputs come back as float. What lies in one buffer (q, k, v; sc, sb, sx; gradients likewise) is copied as
+// one: pass the places inside that buffer.
+
+namespace cuda {
+
+using ref::AttentionShape;
+using ref::Dropout;
+using ref::SsdShape;
+
+void linear_forward(Precision, float* y, const float* x, const float* w, int64 rows, int64 in, int64 out);
+void linear_backward(Precision, float* dx, float* dw, const float* dy, const float* x, const float* w, int64 rows,
+                     int64 in, int64 out);
+void embedding_forward(Precision, float* x, const int32_t* tokens, const float* embed, int64 rows, int64 D, int64 V);
+void embedding_backward(Precision, float* dembed, const float* dx, const int32_t* tokens, int64 rows, int64 D, int64 V);
+// out = w_res * x + dropout(m), u = rmsnorm(out) * w_norm; m null: u = rmsnorm(x) * w_norm
+void residual_norm_forward(Precision, float* out, float* u, float* rstd, const float* x, const float* m,
+                           const float* w_res, const float* w_norm, double eps, const Dropout&, int64 rows, int64 D);
+// dx = w_res * dout + (the norm's part, from du); dout null: without the first term. dw are added to.
+void norm_residual_backward(Precision, float* dx, float* dw_norm, float* dw_res, const float* dout, const float* du,
+                            const float* x, const float* w_res, const float* w_norm, const float* rstd, int64 rows,
+                            int64 D);
+void dropout_backward(Precision, float* dm, const float* dout, const Dropout&, int64 n);
+void rope(Precision, float* x, const ref::RopeTable<float>&, int64 B, int64 T, int64 H, int64 ld, int64 pos0,
+          bool inverse);
+void attention_forward(Precision, float* y, float* lse, const float* q, const float* k, const float* v,
+                       const AttentionShape&);
+void attention_backward(Precision, float* dq, float* dk, float* dv, const float* dy, const float* q, const float* k,
+                        const float* v, const float* y, const float* lse, const AttentionShape&);
+void ssd_dt_forward(float* dt, float* dA, const float* dt_raw, const float* dt_bias, const float* A_log, bool decay,
+                    int64 rows, int64 H, int64 ld);
+void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float* ddt, const float* ddA,
+                     const float* dt_raw, const float* dt_bias, const float* A_log, const float* dA, bool decay,
+                     int64 rows, int64 H, int64 ld);
+// One token, S advanced in place.
+void ssd_step(Precision, float* Y, float* S, const float* sc, const float* sb, const float* sx, const float* dt,
+              const float* dA, const SsdShape&);
+void ssd_chunked_forward(Precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
+                         const float* dt, const float* dA, const float* S_0, const SsdShape&);
+// dsc: the whole buffer of the gradients of sc, sb and sx, which lie in it as those do in theirs.
+void ssd_chunked_backward(Precision, float* dsc, float* ddt, float* ddA, float* dS_0, const float* dY,
+                          const float* dS_T, const float* sc, const float* sb, const float* sx, const float* dt,
+                          const float* dA, const float* S_0, const SsdShape&);
+void swiglu_forward(Precision, float* h, const float* gate_up, int64 rows, int64 F);
+void swiglu_backward(Precision, float* dgate_up, const float* dh, const float* gate_up, int64 rows, int64 F);
+// logits, in rows a multiple of 8 apart, become the gradient of the sum of the losses.
+void cross_entropy(Precision, float* losses, float* logits, const int32_t* targets, int64 rows, int64 V);
+
+}  // namespace cuda

@@ -96,6 +96,15 @@ inline std::string missing_part(const std::string& message, const std::vector<st
 #define CHECK_ERROR(expression, ...) \
     CHECK_EQ(missing_part(error_of([&] { (void)(expression); }), std::vector<std::string>{__VA_ARGS__}), "")
 
+// Whether ./train --device auto takes a GPU.
+inline bool have_gpu() {
+#ifdef WITH_CUDA
+    return cuda::problem().empty();
+#else
+    return false;
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Temporary directories
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,678 @@
+// The CUDA engine against the CPU reference: every op, forward and backward, in fp32 and bf16 at odd shapes; the
+// whole model; decoding; determinism. Where there is no GPU these are counted as skipped.
+#include "check.h"
+
+// main.cpp leaves out the tests whose names begin with "cuda:" where there is no GPU.
+#ifdef WITH_CUDA
+using namespace ref;
+
+namespace {
+
+// TOLERANCES, relative L2 per tensor. The reference is the double version of ref_cpu, fed with inputs that are
+// already on the precision's grid. fp32: both sides round to 6e-8 per operation, and sums of up to 200 terms in
+// another order; exp of a cumulative sum of decays loses the most. bf16: an element is rounded to 2^-9 = 2e-3 at
+// most, 1.1e-3 in the mean, once on output and once for each intermediate that tensor cores read (p and dz of
+// attention; G, the state and scaled X or dY of SSD): the roundings are independent and add up as squares, to 2e-3 or
+// 3e-3; gradients that are differences of such sums lose more.
+struct Tolerance {
+    double plain, product, difference;
+};
+Tolerance tolerance(Precision p) {
+    return p == Precision::fp32 ? Tolerance{1e-6, 1e-5, 1e-4} : Tolerance{2.5e-3, 8e-3, 2e-2};
+}
+
+struct Case {
+    Precision precision;
+    const char* name;
+};
+const Case precisions[] = {{Precision::fp32, "fp32"}, {Precision::bf16, "bf16"}};
+
+// TEST_QUICK=1: two lengths and two shapes, for compute-sanitizer, under which everything is a thousand times slower.
+const bool quick = getenv("TEST_QUICK") != nullptr;
+std::vector<int64> lengths(const std::vector<int64>& all) { return quick ? std::vector<int64>{65, all.back()} : all; }
+std::vector<Shape> shapes(const std::vector<Shape>& all) {
+    return quick ? std::vector<Shape>(all.begin(), all.begin() + 2) : all;
+}
+
+// To the nearest bf16, ties to even.
+float on_grid(Precision p, float x) {
+    if (p == Precision::fp32) return x;
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+// n normal numbers, the same for the same name, on the grid of p.
+std::vector<float> normals(Precision p, const std::string& name, int64 n, double scale = 1, double shift = 0) {
+    const Philox stream(7, name.c_str());
+    std::vector<float> v(static_cast<size_t>(n));
+    for (int64 i = 0; i < n; ++i) v[size_t(i)] = on_grid(p, float(shift + scale * stream.normal_at(uint64_t(i))));
+    return v;
+}
+std::vector<double> wide(const std::vector<float>& v) { return {v.begin(), v.end()}; }
+template <class T>
+std::vector<T> sized(int64 n) {
+    return std::vector<T>(size_t(n), T(0));
+}
+std::vector<int32_t> random_tokens(int64 V, int64 n, const char* name = "tokens") {
+    const Philox stream(5, name);
+    std::vector<int32_t> t;
+    for (int64 i = 0; i < n; ++i) t.push_back(int32_t(stream.at(uint64_t(i)).word[0] % uint32_t(V)));
+    return t;
+}
+// Columns [from, from + width) of rows `ld` apart.
+template <class T>
+std::vector<T> columns(const std::vector<T>& v, int64 ld, int64 from, int64 width) {
+    std::vector<T> c;
+    for (size_t r = 0; r * size_t(ld) < v.size(); ++r)
+        for (int64 i = from; i < from + width; ++i) c.push_back(v[r * size_t(ld) + size_t(i)]);
+    return c;
+}
+
+}  // namespace
+
+TEST_CASE("cuda: linear layers equal the reference, whatever the alignment of their sizes") {
+    for (const Case& k : precisions)
+        for (const Shape& s :
+             std::vector<Shape>{{1, 8, 8}, {3, 24, 20}, {65, 20, 29}, {130, 40, 51}, {7, 128, 260}, {5, 6, 10}}) {
+            const int64 rows = s[0], in = s[1], out = s[2];
+            CAPTURE(k.name);
+            CAPTURE(to_text(s));
+            const Tolerance tol = tolerance(k.precision);
+            const auto x = normals(k.precision, "x", rows * in), w = normals(k.precision, "w", out * in),
+                       dy = normals(k.precision, "dy", rows * out);
+            const auto dw0 = normals(Precision::fp32, "dw", out * in);
+            std::vector<double> y = sized<double>(rows * out), dx = sized<double>(rows * in), dw = wide(dw0);
+            linear_forward(y.data(), wide(x).data(), wide(w).data(), rows, in, out);
+            linear_backward(dx.data(), dw.data(), wide(dy).data(), wide(x).data(), wide(w).data(), rows, in, out,
+                            false);
+            std::vector<float> gy = sized<float>(rows * out), gdx = sized<float>(rows * in), gdw = dw0;
+            cuda::linear_forward(k.precision, gy.data(), x.data(), w.data(), rows, in, out);
+            cuda::linear_backward(k.precision, gdx.data(), gdw.data(), dy.data(), x.data(), w.data(), rows, in, out);
+            CHECK_EQ(compare("y", gy, y, tol.plain), "");
+            CHECK_EQ(compare("dx", gdx, dx, tol.plain), "");
+            CHECK_EQ(compare("dw", gdw, dw, 1e-6), "");  // fp32 out of inputs on the grid
+        }
+}
+
+TEST_CASE("cuda: embedding equals the reference; a token's gradient is the sum over its rows in order") {
+    for (const Case& k : precisions)
+        for (const int64 D : {1, 8, 40}) {
+            const int64 rows = 77, V = 13;
+            CAPTURE(k.name);
+            const auto tokens = random_tokens(V - 2, rows);  // two that never occur
+            const auto embed = normals(k.precision, "embed", V * D), dx = normals(k.precision, "dx", rows * D);
+            std::vector<float> x = sized<float>(rows * D), gx = x;
+            embedding_forward(x.data(), tokens.data(), embed.data(), rows, D);
+            cuda::embedding_forward(k.precision, gx.data(), tokens.data(), embed.data(), rows, D, V);
+            CHECK_EQ(compare_bits("x", gx, x), "");
+            std::vector<double> de = wide(embed);
+            std::vector<float> gde = embed;
+            embedding_backward(de.data(), wide(dx).data(), tokens.data(), rows, D);
+            cuda::embedding_backward(k.precision, gde.data(), dx.data(), tokens.data(), rows, D, V);
+            CHECK_EQ(compare("dembed", gde, de, 1e-6), "");
+        }
+}
+
+TEST_CASE("cuda: residual, dropout and norm equal the reference, joined as they are") {
+    for (const Case& k : precisions)
+        for (const int64 D : {8, 24, 768, 2304, 18})
+            for (const double p : {0.0, 0.3})
+                for (const bool residual : {true, false}) {
+                    const int64 rows = 37;
+                    if (p > 0 && !residual) continue;
+                    CAPTURE(k.name);
+                    CAPTURE(D);
+                    CAPTURE(p);
+                    CAPTURE(residual);
+                    const Tolerance tol = tolerance(k.precision);
+                    const Dropout drop{p, {uint64_t(3) << 40 | 9, 4, 5}, 6};
+                    const auto x = normals(k.precision, "x", rows * D), m = normals(k.precision, "m", rows * D),
+                               du = normals(k.precision, "du", rows * D), dout = normals(k.precision, "dout", rows * D);
+                    const auto wr = normals(Precision::fp32, "wr", D, 0.2, 1),
+                               wn = normals(Precision::fp32, "wn", D, 0.2, 1);
+                    std::vector<float> gout = sized<float>(rows * D), gu = gout, grstd = sized<float>(rows);
+                    cuda::residual_norm_forward(k.precision, gout.data(), gu.data(), grstd.data(), x.data(),
+                                                residual ? m.data() : nullptr, wr.data(), wn.data(), 1e-6, drop, rows,
+                                                D);
+                    std::vector<double> out = wide(x), u = sized<double>(rows * D), rstd = sized<double>(rows);
+                    if (residual) {
+                        residual_forward(out.data(), wide(x).data(), wide(m).data(), wide(wr).data(), drop, rows, D);
+                        CHECK_EQ(compare("out", gout, out, tol.plain), "");
+                        out = wide(gout);  // the norm is of what was stored
+                    }
+                    rmsnorm_forward(u.data(), rstd.data(), out.data(), wide(wn).data(), 1e-6, rows, D);
+                    CHECK_EQ(compare("u", gu, u, tol.plain), "");
+                    CHECK_EQ(compare("rstd", grstd, rstd, 1e-6), "");
+
+                    // backward: of u = rmsnorm(x) wn, joined with the residual dx = wr dout
+                    std::vector<double> dx = sized<double>(rows * D), dm = dx, dwn = sized<double>(D), dwr = dwn;
+                    const auto rs = normals(Precision::fp32, "rstd", rows, 0.1, 1);
+                    if (residual)
+                        residual_backward(dx.data(), dm.data(), dwr.data(), wide(dout).data(), wide(x).data(),
+                                          wide(wr).data(), drop, rows, D);
+                    rmsnorm_backward(dx.data(), dwn.data(), wide(du).data(), wide(x).data(), wide(wn).data(),
+                                     wide(rs).data(), rows, D);
+                    std::vector<float> gdx = sized<float>(rows * D), gdm = gdx, gdwn = sized<float>(D), gdwr = gdwn;
+                    cuda::norm_residual_backward(k.precision, gdx.data(), gdwn.data(), gdwr.data(),
+                                                 residual ? dout.data() : nullptr, du.data(), x.data(), wr.data(),
+                                                 wn.data(), rs.data(), rows, D);
+                    CHECK_EQ(compare("dx", gdx, dx, tol.plain), "");
+                    CHECK_EQ(compare("dw_norm", gdwn, dwn, 1e-6), "");
+                    if (!residual) continue;
+                    CHECK_EQ(compare("dw_res", gdwr, dwr, 1e-6), "");
+                    if (p == 0) continue;
+                    cuda::dropout_backward(k.precision, gdm.data(), dout.data(), drop, rows * D);
+                    CHECK_EQ(compare("dm", gdm, dm, tol.plain), "");
+                    for (size_t i = 0; i < dm.size(); ++i) REQUIRE((gdm[i] == 0) == (dm[i] == 0));  // the same mask
+                }
+}
+
+TEST_CASE("cuda: RoPE equals the reference and is undone by its inverse") {
+    for (const Case& k : precisions)
+        for (const int64 d : {2, 6, 16, 64, 128}) {
+            CAPTURE(k.name);
+            CAPTURE(d);
+            const int64 B = 2, T = 9, H = 3, ld = (H * d + 12) / 8 * 8, pos0 = 5;
+            RopeTable<float> table;
+            RopeTable<double> truth;
+            table.extend(d, 10000, pos0 + T);
+            truth.extend(d, 10000, pos0 + T);
+            const auto x = normals(k.precision, "x", B * T * ld);
+            for (const bool inverse : {false, true}) {
+                auto want = wide(x);
+                auto got = x;
+                rope(want.data(), truth, B, T, H, ld, pos0, inverse);
+                cuda::rope(k.precision, got.data(), table, B, T, H, ld, pos0, inverse);
+                CHECK_EQ(compare("x", got, want, tolerance(k.precision).plain), "");
+            }
+        }
+}
+
+TEST_CASE("cuda: attention equals the reference, forward and backward, at odd lengths and groups") {
+    for (const Case& k : precisions)
+        for (const int64 T : lengths({1, 63, 64, 65, 131, 200}))
+            for (const Shape& s : shapes({{1, 1, 6}, {4, 2, 32}, {6, 2, 64}, {2, 1, 70}, {3, 3, 128}})) {
+                const int64 B = 2, H = s[0], Hkv = s[1], P = s[2], ld = ((H + 2 * Hkv) * P + 7) / 8 * 8, rows = B * T;
+                CAPTURE(k.name);
+                CAPTURE(T);
+                CAPTURE(to_text(s));
+                const Tolerance tol = tolerance(k.precision);
+                const AttentionShape n{B, T, T, H, Hkv, P, ld, ld, T * ld};
+                const int64 ko = H * P, vo = ko + Hkv * P;
+                const auto q = normals(k.precision, "qkv", rows * ld, 1.5),
+                           dy = normals(k.precision, "dy", rows * H * P);
+                const auto qd = wide(q), dyd = wide(dy);
+                std::vector<double> y = sized<double>(rows * H * P), lse = sized<double>(rows * H),
+                                    d = sized<double>(rows * ld);
+                attention_forward(y.data(), lse.data(), qd.data(), qd.data() + ko, qd.data() + vo, n);
+                attention_backward(d.data(), d.data() + ko, d.data() + vo, dyd.data(), qd.data(), qd.data() + ko,
+                                   qd.data() + vo, y.data(), lse.data(), n);
+                std::vector<float> gy = sized<float>(rows * H * P), glse = sized<float>(rows * H),
+                                   gd = sized<float>(rows * ld);
+                cuda::attention_forward(k.precision, gy.data(), glse.data(), q.data(), q.data() + ko, q.data() + vo, n);
+                CHECK_EQ(compare("y", gy, y, tol.product), "");
+                CHECK_EQ(compare("lse", glse, lse, 1e-5), "");
+                cuda::attention_backward(k.precision, gd.data(), nullptr, nullptr, dy.data(), q.data(), q.data() + ko,
+                                         q.data() + vo, gy.data(), glse.data(), n);
+                // T = 1: p is 1, so that dq and dk are zero but for rounding
+                const double nothing = T == 1 ? (k.precision == Precision::fp32 ? 1e-4 : 0.3) : 0;
+                const auto part = [&](const char* name, int64 from, int64 width) {
+                    if (T == 1 && from < vo) {
+                        for (const float g : columns(gd, ld, from, width)) CHECK(std::fabs(g) < nothing);
+                    } else {
+                        CHECK_EQ(
+                            compare(name, columns(gd, ld, from, width), columns(d, ld, from, width), tol.difference),
+                            "");
+                    }
+                };
+                part("dq", 0, H * P);
+                part("dk", ko, Hkv * P);
+                part("dv", vo, Hkv * P);
+            }
+}
+
+TEST_CASE("cuda: attention of a few queries over a longer cache equals the reference") {
+    for (const Case& k : precisions)
+        for (const int64 T : {1, 3, 70}) {
+            CAPTURE(k.name);
+            CAPTURE(T);
+            const int64 B = 2, H = 4, Hkv = 2, P = 24, S = T + 90, capacity = S + 5, ld = H * P;
+            AttentionShape n{B, T, S, H, Hkv, P, ld, Hkv * P, capacity * Hkv * P};
+            const auto q = normals(k.precision, "q", B * T * ld),
+                       key = normals(k.precision, "k", B * capacity * Hkv * P),
+                       v = normals(k.precision, "v", B * capacity * Hkv * P);
+            std::vector<double> y = sized<double>(B * T * ld), lse = sized<double>(B * T * H);
+            attention_forward(y.data(), lse.data(), wide(q).data(), wide(key).data(), wide(v).data(), n);
+            std::vector<float> gy = sized<float>(B * T * ld), glse = sized<float>(B * T * H);
+            cuda::attention_forward(k.precision, gy.data(), glse.data(), q.data(), key.data(), v.data(), n);
+            CHECK_EQ(compare("y", gy, y, tolerance(k.precision).product), "");
+            CHECK_EQ(compare("lse", glse, lse, 1e-5), "");
+        }
+}
+
+TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths, state sizes and head counts") {
+    for (const Case& k : precisions)
+        for (const int64 T : lengths({1, 63, 64, 65, 131, 583}))  // 583: 10 chunks, cut into segments
+            for (const Shape& s :
+                 shapes({{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}}))
+                for (const bool states : {false, true}) {
+                    const int64 B = 2, H = s[0], P = s[1], N = s[2], ld = (2 * H * N + H * P + 7) / 8 * 8, rows = B * T;
+                    CAPTURE(k.name);
+                    CAPTURE(T);
+                    CAPTURE(to_text(s));
+                    CAPTURE(states);
+                    const Tolerance tol = tolerance(k.precision);
+                    const SsdShape n{B, T, H, P, N, 16, ld};
+                    const int64 bo = H * N, xo = 2 * H * N, PN = B * H * P * N;
+                    const auto p = normals(k.precision, "proj", rows * ld),
+                               dY = normals(k.precision, "dY", rows * H * P);
+                    auto dt = normals(Precision::fp32, "dt", rows * H), dA = dt;
+                    for (size_t i = 0; i < dt.size(); ++i) {  // steps of 0.01 to 0.3, decays from fast to slow by head
+                        dt[i] = 0.05f * std::exp(0.8f * dt[i]);
+                        dA[i] = -(1 + 7 * float(i % size_t(H))) * dt[i];
+                    }
+                    const auto S0 = normals(Precision::fp32, "S0", PN, 0.5),
+                               dST = normals(Precision::fp32, "dST", PN, 0.5);
+                    const auto pd = wide(p), dYd = wide(dY), dtd = wide(dt), dAd = wide(dA), S0d = wide(S0),
+                               dSTd = wide(dST);
+                    std::vector<double> Y = sized<double>(rows * H * P), ST = sized<double>(PN),
+                                        d = sized<double>(rows * ld), ddt = sized<double>(rows * H), ddA = ddt,
+                                        dS0 = ST, kept = sized<double>(PN * ((T + 15) / 16));
+                    ssd_chunked_forward(Y.data(), ST.data(), kept.data(), pd.data(), pd.data() + bo, pd.data() + xo,
+                                        dtd.data(), dAd.data(), states ? S0d.data() : nullptr, n);
+                    ssd_chunked_backward(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(), dS0.data(),
+                                         dYd.data(), states ? dSTd.data() : nullptr, pd.data(), pd.data() + bo,
+                                         pd.data() + xo, dtd.data(), dAd.data(), kept.data(), n);
+                    std::vector<float> gY = sized<float>(rows * H * P), gST = sized<float>(PN),
+                                       gd = sized<float>(rows * ld), gddt = sized<float>(rows * H), gddA = gddt,
+                                       gdS0 = gST;
+                    cuda::ssd_chunked_forward(k.precision, gY.data(), gST.data(), p.data(), p.data() + bo,
+                                              p.data() + xo, dt.data(), dA.data(), states ? S0.data() : nullptr, n);
+                    CHECK_EQ(compare("Y", gY, Y, tol.product), "");
+                    CHECK_EQ(compare("S_T", gST, ST, tol.product), "");
+                    cuda::ssd_chunked_backward(k.precision, gd.data(), gddt.data(), gddA.data(), gdS0.data(), dY.data(),
+                                               states ? dST.data() : nullptr, p.data(), p.data() + bo, p.data() + xo,
+                                               dt.data(), dA.data(), states ? S0.data() : nullptr, n);
+                    CHECK_EQ(compare("dC", columns(gd, ld, 0, H * N), columns(d, ld, 0, H * N), tol.product), "");
+                    CHECK_EQ(compare("dB", columns(gd, ld, bo, H * N), columns(d, ld, bo, H * N), tol.product), "");
+                    CHECK_EQ(compare("dX", columns(gd, ld, xo, H * P), columns(d, ld, xo, H * P), tol.product), "");
+                    CHECK_EQ(compare("dS_0", gdS0, dS0, tol.product), "");
+                    CHECK_EQ(compare("ddt", gddt, ddt, tol.product), "");
+                    // a token alone with no state before it: its decay multiplies zero
+                    if (T == 1 && !states)
+                        for (const float g : gddA) CHECK(std::fabs(g) < (k.precision == Precision::fp32 ? 1e-3 : 2.0));
+                    else CHECK_EQ(compare("ddA", gddA, ddA, tol.difference), "");
+                }
+}
+
+TEST_CASE("cuda: the SSD decode step equals the recurrence") {
+    for (const Case& k : precisions)
+        for (const Shape& s : std::vector<Shape>{{1, 6, 14}, {3, 64, 128}}) {
+            const int64 B = 3, H = s[0], P = s[1], N = s[2], ld = 2 * H * N + H * P, PN = B * H * P * N;
+            CAPTURE(k.name);
+            const SsdShape n{B, 1, H, P, N, 16, ld};
+            const auto p = normals(k.precision, "proj", B * ld);
+            const std::vector<float> dt(size_t(B * H), 0.3f), dA(size_t(B * H), -0.7f);
+            std::vector<float> S = normals(Precision::fp32, "S", PN), gY = sized<float>(B * H * P), gS = S;
+            std::vector<double> Sd = wide(S), Y = sized<double>(B * H * P);
+            const auto pd = wide(p);
+            ssd_recurrent_forward(Y.data(), Sd.data(), pd.data(), pd.data() + H * N, pd.data() + 2 * H * N,
+                                  wide(dt).data(), wide(dA).data(), Sd.data(), n);
+            cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), p.data() + H * N, p.data() + 2 * H * N,
+                           dt.data(), dA.data(), n);
+            CHECK_EQ(compare("Y", gY, Y, tolerance(k.precision).plain), "");
+            CHECK_EQ(compare("S", gS, Sd, 1e-6), "");  // fp32 in any precision
+        }
+}
+
+TEST_CASE("cuda: dt, its decay and their gradients equal the reference") {
+    for (const bool decay : {true, false}) {
+        const int64 rows = 1500, H = 5, ld = 8;
+        const auto raw = normals(Precision::fp32, "raw", rows * ld, 8), bias = normals(Precision::fp32, "bias", H),
+                   log = normals(Precision::fp32, "log", H), ddt = normals(Precision::fp32, "ddt", rows * H),
+                   ddA = normals(Precision::fp32, "ddA", rows * H);
+        std::vector<double> dt = sized<double>(rows * H), dA = dt, draw = sized<double>(rows * ld), dbias = wide(bias),
+                            dlog = wide(log);
+        ssd_dt_forward(dt.data(), dA.data(), wide(raw).data(), wide(bias).data(), wide(log).data(), decay, rows, H, ld);
+        std::vector<float> gdt = sized<float>(rows * H), gdA = gdt, gdraw = sized<float>(rows * ld), gdbias = bias,
+                           gdlog = log;
+        cuda::ssd_dt_forward(gdt.data(), gdA.data(), raw.data(), bias.data(), log.data(), decay, rows, H, ld);
+        CHECK_EQ(compare("dt", gdt, dt, 1e-6), "");
+        CHECK_EQ(compare("dA", gdA, dA, 1e-6), "");
+        ssd_dt_backward(draw.data(), dbias.data(), dlog.data(), wide(ddt).data(), wide(ddA).data(), wide(raw).data(),
+                        wide(bias).data(), wide(log).data(), dA.data(), decay, rows, H, ld);
+        cuda::ssd_dt_backward(gdraw.data(), gdbias.data(), gdlog.data(), ddt.data(), ddA.data(), raw.data(),
+                              bias.data(), log.data(), gdA.data(), decay, rows, H, ld);
+        CHECK_EQ(compare("ddt_raw", gdraw, draw, 1e-5), "");
+        CHECK_EQ(compare("ddt_bias", gdbias, dbias, 1e-5), "");
+        CHECK_EQ(compare("dA_log", gdlog, dlog, 1e-5), "");
+    }
+}
+
+TEST_CASE("cuda: SwiGLU equals the reference") {
+    for (const Case& k : precisions)
+        for (const int64 F : {1, 8, 20, 320}) {
+            CAPTURE(k.name);
+            CAPTURE(F);
+            const int64 rows = 33;
+            const auto gu = normals(k.precision, "gate_up", rows * 2 * F, 3), dh = normals(k.precision, "dh", rows * F);
+            std::vector<double> h = sized<double>(rows * F), d = sized<double>(rows * 2 * F);
+            swiglu_forward(h.data(), wide(gu).data(), rows, F);
+            swiglu_backward(d.data(), wide(dh).data(), wide(gu).data(), rows, F);
+            std::vector<float> gh = sized<float>(rows * F), gd = sized<float>(rows * 2 * F);
+            cuda::swiglu_forward(k.precision, gh.data(), gu.data(), rows, F);
+            cuda::swiglu_backward(k.precision, gd.data(), dh.data(), gu.data(), rows, F);
+            CHECK_EQ(compare("h", gh, h, tolerance(k.precision).plain), "");
+            CHECK_EQ(compare("dgate_up", gd, d, tolerance(k.precision).plain), "");
+        }
+}
+
+TEST_CASE("cuda: cross-entropy equals the reference for any vocabulary") {
+    for (const Case& k : precisions)
+        for (const int64 V : {1, 9, 256, 259, 4096, 50257}) {
+            const int64 rows = 5, ld = (V + 7) / 8 * 8;
+            CAPTURE(k.name);
+            CAPTURE(V);
+            const auto z = normals(k.precision, "logits", rows * ld, 4);
+            const auto targets = random_tokens(V, rows);
+            std::vector<double> dense = columns(wide(z), ld, 0, V), losses = sized<double>(rows);
+            cross_entropy_forward(losses.data(), dense.data(), targets.data(), rows, V);
+            cross_entropy_backward(dense.data(), losses.data(), targets.data(), 1, rows, V);
+            std::vector<float> got = z, gl = sized<float>(rows);
+            cuda::cross_entropy(k.precision, gl.data(), got.data(), targets.data(), rows, V);
+            if (V == 1) continue;  // the loss is log 1
+            CHECK_EQ(compare("losses", gl, losses, 1e-5), "");
+            CHECK_EQ(compare("dlogits", columns(got, ld, 0, V), dense, tolerance(k.precision).plain), "");
+            for (const float pad : columns(got, ld, V, ld - V)) CHECK(pad == 0);
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The whole model
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+Config small() {
+    Config c;
+    c.V = 29;
+    c.D = 24;
+    c.L = 3;
+    c.H = 4;
+    c.Hkv = 2;
+    c.N = 8;
+    c.F = 20;
+    c.Q = 4;
+    c.T = 70;
+    c.attn_period = 3;
+    c.attn_offset = 1;
+    return c;
+}
+
+std::vector<std::pair<std::string, Config>> kinds() {
+    std::vector<std::pair<std::string, Config>> all;
+    const auto add = [&](const std::string& name, const std::function<void(Config&)>& change) {
+        Config c = small();
+        change(c);
+        c.validate();
+        all.emplace_back(name, c);
+    };
+    add("hybrid", [](Config&) {});
+    add("transformer", [](Config& c) {
+        c.attn_period = 1;
+        c.attn_offset = 0;
+    });
+    add("pure ssm", [](Config& c) { c.attn_period = 0; });
+    add("untied, V % 8 = 3", [](Config& c) {
+        c.tie = false;
+        c.V = 35;
+    });
+    add("V % 8 = 1, widths divide by 8", [](Config& c) {
+        c.V = 33;
+        c.F = 32;
+        c.H = c.Hkv = 3;
+    });
+    add("D % 8 = 4", [](Config& c) {
+        c.D = 20;
+        c.H = 2;
+        c.Hkv = 1;
+    });
+    add("one head, N > P", [](Config& c) {
+        c.H = c.Hkv = 1;
+        c.N = 46;
+    });
+    add("no decay", [](Config& c) { c.ssd_decay = false; });
+    add("dropout", [](Config& c) { c.dropout = 0.1; });
+    return all;
+}
+
+std::vector<float> lively_weights(Precision p, const Config& c) {
+    const ParamTable table(c);
+    std::vector<float> w = initial_weights(c, 3);
+    for (const ParamSpec& s : table.specs) {
+        const Philox stream(4, s.name.c_str());
+        for (int64 i = 0; i < s.count; ++i) {
+            float& x = w[size_t(s.offset + i)];
+            if (s.init == Init::normal) x = on_grid(p, 10 * x);
+            if (s.init == Init::ones) x += 0.2f * float(stream.normal_at(uint64_t(i)));
+        }
+    }
+    return w;
+}
+std::vector<float> read_buffer(const Engine& e, Buffer which) {
+    std::vector<float> v(size_t(e.table.count));
+    e.read(which, v.data());
+    return v;
+}
+// A few training steps; the losses.
+std::vector<double> train_steps(Engine& e, int64 steps, int64 B, int64 T, double lr, int64 first = 1) {
+    std::vector<double> losses;
+    for (int64 step = first; step < first + steps; ++step) {
+        const auto tokens = random_tokens(e.config.V, B * T + 1, ("step" + std::to_string(step)).c_str());
+        const DropoutKey key{1, uint32_t(step), 0};
+        e.zero_gradients();
+        losses.push_back(e.forward(tokens.data(), tokens.data() + 1, B, T, &key));
+        e.backward(1);
+        const double norm = e.gradient_norm();
+        e.update(AdamW(), lr, step, norm > 1 ? 1 / norm : 1);
+    }
+    return losses;
+}
+
+}  // namespace
+
+TEST_CASE("cuda: loss, logits and every gradient of the whole model equal the CPU's, for every kind of model") {
+    for (const Case& k : precisions)
+        for (const auto& kind : kinds()) {
+            CAPTURE(k.name);
+            CAPTURE(kind.first);
+            const Config& c = kind.second;
+            const int64 B = 2, T = 70;
+            const auto tokens = random_tokens(c.V, B * T), targets = random_tokens(c.V, B * T, "targets");
+            const auto w = lively_weights(k.precision, c);
+            const DropoutKey key{1, 2, 3};
+            Model<double> truth(c);
+            std::copy(w.begin(), w.end(), truth.weights.begin());
+            const double want = truth.forward(tokens.data(), targets.data(), B, T, &key, nullptr);
+            const auto gpu = make_cuda_engine(c, k.precision);
+            gpu->write(Buffer::weights, w.data());
+            const double loss = gpu->forward(tokens.data(), targets.data(), B, T, &key);
+            // bf16: a dozen roundings of 2e-3 one after the other, amplified by these large weights
+            const bool exact = k.precision == Precision::fp32;
+            CHECK(loss == doctest::Approx(want).epsilon(exact ? 1e-5 : 1e-2));
+            gpu->zero_gradients();
+            gpu->backward(0.5);
+            truth.backward(0.5);
+            const auto g = read_buffer(*gpu, Buffer::gradients);
+            for (const ParamSpec& s : truth.table.specs) {
+                if (s.param == Param::A_log && !c.ssd_decay) continue;  // exactly zero
+                // One number per head: sums over all tokens that nearly cancel, so that what remains is small beside
+                // its parts.
+                const bool per_head = s.param == Param::A_log || s.param == Param::dt_bias;
+                CHECK_EQ(
+                    compare("gradient of " + s.name, g.data() + s.offset, truth.gradients.data() + s.offset, s.count,
+                            exact      ? 1e-3
+                            : per_head ? 0.5
+                                       : 0.15),
+                    "");
+            }
+            double squares = 0;
+            for (const float x : g) squares += double(x) * double(x);
+            CHECK(gpu->gradient_norm() == doctest::Approx(std::sqrt(squares)).epsilon(1e-9));
+            CHECK_EQ(gpu->find_non_finite(), "");
+        }
+}
+
+TEST_CASE("cuda: prefill in any split and single steps equal the CPU's full pass") {
+    for (const Case& k : precisions)
+        for (const auto& kind : kinds()) {
+            CAPTURE(k.name);
+            CAPTURE(kind.first);
+            Config c = kind.second;
+            const int64 B = 2, T = 70;
+            const auto tokens = random_tokens(c.V, B * T);
+            const auto w = lively_weights(k.precision, c);
+            Model<double> truth(c);
+            std::copy(w.begin(), w.end(), truth.weights.begin());
+            truth.forward(tokens.data(), nullptr, B, T, nullptr, nullptr);
+            const auto gpu = make_cuda_engine(c, k.precision);
+            gpu->write(Buffer::weights, w.data());
+            const double tol = k.precision == Precision::fp32 ? 1e-4 : 0.06;
+            for (const std::vector<int64>& split :
+                 std::vector<std::vector<int64>>{{70}, {1, 69}, {64, 6}, {65, 1, 1, 3}, {1, 1, 66, 2}}) {
+                const auto state = gpu->new_state(B, T + 3);
+                int64 at = 0;
+                for (const int64 n : split) {
+                    std::vector<int32_t> part;
+                    for (int64 b = 0; b < B; ++b)
+                        part.insert(part.end(), tokens.begin() + b * T + at, tokens.begin() + b * T + at + n);
+                    const bool every = n % 2 == 1;
+                    std::vector<float> logits(size_t(B * (every ? n : 1) * c.V));
+                    gpu->step(*state, part.data(), n, logits.data(), every);
+                    for (int64 b = 0; b < B; ++b) {
+                        const int64 first = every ? 0 : n - 1, count = n - first;
+                        CHECK_EQ(compare("logits", logits.data() + b * count * c.V,
+                                         truth.logits.data() + (b * T + at + first) * c.V, count * c.V, tol),
+                                 "");
+                    }
+                    at += n;
+                }
+            }
+        }
+}
+
+TEST_CASE("cuda: a saved state goes on as if it had not been saved, and moves between CPU and GPU") {
+    const Config c = small();
+    TempDir tmp;
+    const auto w = lively_weights(Precision::fp32, c);
+    const auto tokens = random_tokens(c.V, 40);
+    const auto gpu = make_cuda_engine(c, Precision::fp32), cpu = make_cpu_engine(c);
+    gpu->write(Buffer::weights, w.data());
+    cpu->write(Buffer::weights, w.data());
+    std::vector<float> a(size_t(2 * c.V)), b = a, d = a;
+    const auto s = gpu->new_state(2, 20);
+    gpu->step(*s, tokens.data(), 9, a.data());
+    gpu->save_state(*s, tmp / "state");
+    const auto again = gpu->load_state(tmp / "state", 30);
+    const auto moved = cpu->load_state(tmp / "state", 30);
+    gpu->step(*s, tokens.data() + 18, 3, a.data());
+    gpu->step(*again, tokens.data() + 18, 3, b.data());
+    cpu->step(*moved, tokens.data() + 18, 3, d.data());
+    CHECK_EQ(compare_bits("logits", b, a), "");
+    CHECK_EQ(compare("logits", a, d, 1e-4), "");
+    CHECK_ERROR(gpu->step(*s, tokens.data(), 20, a.data()), "room for 20");
+}
+
+TEST_CASE("cuda: fp32 training follows the CPU's losses for 20 steps") {
+    for (const auto& kind : kinds()) {
+        CAPTURE(kind.first);
+        const Config& c = kind.second;
+        const auto gpu = make_cuda_engine(c, Precision::fp32), cpu = make_cpu_engine(c);
+        const auto w = initial_weights(c, 1);
+        gpu->write(Buffer::weights, w.data());
+        cpu->write(Buffer::weights, w.data());
+        CHECK_EQ(compare("losses", train_steps(*gpu, 20, 2, 33, 1e-3), train_steps(*cpu, 20, 2, 33, 1e-3), 1e-4), "");
+        CHECK_EQ(compare("weights", read_buffer(*gpu, Buffer::weights), read_buffer(*cpu, Buffer::weights), 1e-3), "");
+    }
+}
+
+TEST_CASE("cuda: two runs give the same bits, and a run carried over by its buffers goes on with the same bits") {
+    for (const Case& k : precisions)
+        for (const auto& kind : kinds()) {
+            CAPTURE(k.name);
+            CAPTURE(kind.first);
+            const Config& c = kind.second;
+            const auto w = initial_weights(c, 1);
+            std::unique_ptr<Engine> e[3];
+            for (auto& engine : e) {
+                engine = make_cuda_engine(c, k.precision);
+                engine->write(Buffer::weights, w.data());
+            }
+            const auto first = train_steps(*e[0], 6, 3, 65, 1e-3), second = train_steps(*e[1], 3, 3, 65, 1e-3);
+            for (const Buffer b : {Buffer::weights, Buffer::exp_avg, Buffer::exp_avg_sq})
+                e[2]->write(b, read_buffer(*e[1], b).data());
+            const auto third = train_steps(*e[2], 3, 3, 65, 1e-3, 4);
+            for (size_t i = 0; i < 3; ++i) {
+                CHECK(first[i] == second[i]);
+                CHECK(first[i + 3] == third[i]);
+            }
+            for (const Buffer b : {Buffer::weights, Buffer::exp_avg, Buffer::exp_avg_sq})
+                CHECK_EQ(compare_bits("buffer", read_buffer(*e[2], b), read_buffer(*e[0], b)), "");
+        }
+}
+
+TEST_CASE("cuda: logits too many to be kept are made again, with the same loss and gradients") {
+    Config c = small();
+    c.V = 50257;
+    c.L = 1;
+    c.D = 8;
+    c.H = c.Hkv = 1;
+    const int64 B = 3, T = 30000;  // 90,000 rows of 50,264 logits: 9 GB in bf16
+    const auto gpu = make_cuda_engine(c, Precision::bf16);
+    gpu->write(Buffer::weights, initial_weights(c, 1).data());
+    const auto tokens = random_tokens(c.V, B * T + 1);
+    gpu->zero_gradients();
+    const double all = gpu->forward(tokens.data(), tokens.data() + 1, B, T);
+    gpu->backward(1);
+    const auto want = read_buffer(*gpu, Buffer::gradients);
+    gpu->zero_gradients();
+    double parts = 0;
+    for (int64 b = 0; b < B; ++b) {  // one sequence at a time: they are kept
+        parts += gpu->forward(tokens.data() + b * T, tokens.data() + b * T + 1, 1, T) / double(B);
+        gpu->backward(1.0 / double(B));
+    }
+    CHECK(parts == doctest::Approx(all).epsilon(1e-6));
+    CHECK_EQ(compare("gradients", read_buffer(*gpu, Buffer::gradients), want, 2e-2),
+             "");  // du is rounded at another scale
+}
+
+TEST_CASE("cuda: what cannot be done is one line that says why") {
+    Config c = small();
+    const auto gpu = make_cuda_engine(c, Precision::bf16);
+    gpu->write(Buffer::weights, initial_weights(c, 1).data());
+    const auto tokens = random_tokens(c.V, 20);
+    CHECK_ERROR(gpu->backward(1), "forward");
+    gpu->forward(tokens.data(), tokens.data() + 1, 1, 11);
+    gpu->backward(1);
+    CHECK_ERROR(gpu->backward(1), "forward");
+    const std::vector<int32_t> bad = {1, 2, int32_t(c.V)};
+    CHECK_ERROR(gpu->forward(bad.data(), tokens.data(), 1, 3), "token 29", "29");
+    c.T = 1 << 14;
+    c.D = 1024;
+    c.H = c.Hkv = 16;
+    c.F = 65536;
+    const auto large = make_cuda_engine(c, Precision::bf16);
+    const std::vector<int32_t> many(size_t(1) << 21, 1);
+    CHECK_ERROR(large->forward(many.data(), many.data(), 128, 1 << 14), "128 x 16384", "a batch of", "fits");
+    c.N = 4096;
+    CHECK_ERROR(make_cuda_engine(c, Precision::bf16), "N 4096", "on-chip");
+    std::vector<float> w = initial_weights(small(), 1);
+    w[100] = NAN;
+    gpu->write(Buffer::weights, w.data());
+    CHECK(contains(gpu->find_non_finite(), "weight model.word_embed.weight, element 100, is nan"));
+}
+#else
+TEST_CASE("cuda: every op, the whole model, decoding and determinism, against the CPU reference") {}  // always left out
+#endif
