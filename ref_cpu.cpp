@@ -1625,8 +1625,8 @@ std::unique_ptr<ModelState<float>> load_state(const Config& config, const std::s
         const SafeTensors::Entry& e = entry(format("layers.%lld.%s", (long long)layer, what));
         const Shape& want = config.is_attention(layer) ? kv_shape : S_shape;
         if (e.shape != want)
-            fail("%s: tensor '%s' has shape %s, expected %s", path.c_str(), e.name.c_str(),
-                 to_text(e.shape).c_str(), to_text(want).c_str());
+            fail("%s: tensor '%s' has shape %s, expected %s", path.c_str(), e.name.c_str(), to_text(e.shape).c_str(),
+                 to_text(want).c_str());
         return e;
     };
     size_t expected = 2;  // position, batch
@@ -3962,7 +3962,7 @@ TensorError error_between(const Vec& candidate, const Vec& reference) {
         difference += d * d;
         size += reference[i] * reference[i];
     }
-    e.relative = difference == 0 ? 0 : std::sqrt(difference) / std::sqrt(size);
+    e.relative = size == 0 ? 0 : std::sqrt(difference / size);  // beside a tensor of zeros max_abs alone speaks
     if (!e.finite) e.relative = e.max_abs = NAN;
     return e;
 }
@@ -4357,7 +4357,7 @@ struct Dtype {
 };
 // fp64 has fp32's noise times 2^-29, the ratio of their units.
 const Dtype dtypes[] = {{"fp32", 0, 1, 1.0 / (1 << 24), 1.0 / (1 << 23)},
-                        {"bf16", 1, 1, 1.0 / (1 << 9), 1.0 / (1 << 23)},
+                        {"bf16", 1, 1, 1.0 / (1 << 8), 1.0 / (1 << 23)},
                         {"fp64", 0, 1.0 / (1 << 29), 1.0 / (int64(1) << 53), 1.0 / (int64(1) << 52)}};
 
 std::map<std::string, Noise> read_noise(const SafeTensors& file) {

@@ -282,9 +282,10 @@ TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths,
                                         dS0 = ST, kept = sized<double>(PN * ((T + 15) / 16));
                     ssd_chunked_forward(Y.data(), ST.data(), kept.data(), pd.data(), pd.data() + bo, pd.data() + xo,
                                         dtd.data(), dAd.data(), states ? S0d.data() : nullptr, n);
-                    ssd_chunked_backward(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(), dS0.data(),
-                                         dYd.data(), states ? dSTd.data() : nullptr, pd.data(), pd.data() + bo,
-                                         pd.data() + xo, dtd.data(), dAd.data(), kept.data(), n);
+                    ssd_chunked_backward<double>(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(),
+                                                 dS0.data(), nullptr, dYd.data(), states ? dSTd.data() : nullptr,
+                                                 pd.data(), pd.data() + bo, pd.data() + xo, dtd.data(), dAd.data(),
+                                                 kept.data(), n);
                     std::vector<float> gY = sized<float>(rows * H * P), gST = sized<float>(PN),
                                        gd = sized<float>(rows * ld), gddt = sized<float>(rows * H), gddA = gddt,
                                        gdS0 = gST;

@@ -162,7 +162,10 @@ TEST_CASE("oracle: this program in fp32 and in bf16 agrees with every kind of mo
         with({"--layers", "2", "--attn-period", "1", "--attn-offset", "0", "--tie", "false"}),
         with({"--layers", "2", "--attn-period", "0"}),
         with({"--layers", "2", "--attn-period", "2", "--attn-offset", "1", "--ssd-decay", "false"}),
-        with({"--layers", "2", "--attn-period", "2", "--attn-offset", "1", "--state-cotangent", "false"})};
+        with({"--layers", "2", "--attn-period", "2", "--attn-offset", "1", "--state-cotangent", "false"}),
+        // One token: the gradients of its q and k are exactly zero.
+        {"--layers",  "2", "--attn-period", "2", "--attn-offset", "1",  "--d-model", "8", "--heads",   "2",
+         "--d-state", "4", "--d-ff",        "6", "--vocab",       "11", "--chunk",   "4", "--seq-len", "1"}};
     for (const char* op :
          {"ssd", "attention", "rmsnorm", "rope", "linear", "embedding", "swiglu", "residual", "cross_entropy"})
         kinds.push_back(with({"--op", op}));
