@@ -156,7 +156,7 @@ test: all $(BUILD)/tests
 # Everything again with the address and undefined-behaviour sanitizers, the programs that the tests start included, and a
 # minute of changed tokenizer files.
 sanitize:
-	@FUZZ_SECONDS=60 $(MAKE) --no-print-directory BUILD=build/sanitize BIN=build/sanitize \
+	@FUZZ_SECONDS=60 $(MAKE) --no-print-directory CUDA=0 BUILD=build/sanitize BIN=build/sanitize \
 	    CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all' test
 
 # One planted mistake at a time, each of which the tests must notice and compare must find (four minutes).
