@@ -161,7 +161,7 @@ sanitize:
 
 # One planted mistake at a time, each of which the tests must notice and compare must find (four minutes).
 mutations: $(BUILD)/tests $(BIN)/ref_cpu
-	@CXX='$(CXX)' BUILD='$(BUILD)' REF_CPU='$(BIN)/ref_cpu' sh test/mutations.sh
+	@CXX='$(CXX)' BUILD='$(BUILD)' REF_CPU='$(BIN)/ref_cpu' CUDA_LINK='$(if $(CUDA_OBJECT),$(CUDA_OBJECT) $(CUDA_LIBS))' sh test/mutations.sh
 
 # The canonical oracles (docs/oracle.md), into build/oracles.
 oracles: $(BIN)/ref_cpu

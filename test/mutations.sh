@@ -29,7 +29,7 @@ $CXX -O1 -c -o "$work/main.o" "$work/main.cpp"
 # check DIR: builds DIR/ref_cpu.cpp; DIR/tests has the tests' result, DIR/first the first tensor that differs
 check() {
     $CXX $FLAGS -c -o "$1/ref_cpu.o" "$1/ref_cpu.cpp"
-    $CXX $link -o "$1/tests.exe" $tests "$1/ref_cpu.o"
+    $CXX $link -o "$1/tests.exe" $tests "$1/ref_cpu.o" ${CUDA_LINK:-}
     $CXX $link -o "$1/ref_cpu.exe" "$work/main.o" "$1/ref_cpu.o" "$BUILD/tokenizer.o"
     if "$1/tests.exe" >"$1/tests.log" 2>&1; then echo pass; else echo fail; fi >"$1/tests"
     "$1/ref_cpu.exe" oracle --inputs "$oracle" --precision fp32 --out "$1/candidate" >/dev/null
