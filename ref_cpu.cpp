@@ -3591,8 +3591,9 @@ std::vector<NamedTensor> draw_given(const OracleTask& task) {
 
 // ---- running it -----------------------------------------------------------------------------------------------------
 
-// How a run computes. jitter 0: as the machine does. Otherwise each tensor is multiplied by 1 + e, e uniform within one unit
-// of its last place (another order of sums, another place of rounding), before it is rounded.
+// How a run computes. jitter 0: as the machine does. Otherwise each tensor is multiplied by 1 + e before it is rounded, for
+// another order of sums or another place of rounding: e uniform within 2^-23 in fp32, a unit of the last place; within 2^-8
+// in bf16, half a unit.
 struct Arithmetic {
     bool bf16 = false;
     uint64_t jitter = 0;
