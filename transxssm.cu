@@ -147,16 +147,6 @@ __device__ inline void store(A* p, const float (&f)[W]) {
     for (int i = 0; i < W; ++i) x.v[i] = from_float<A>(f[i]);
     *reinterpret_cast<Pack<A, W>*>(p) = x;
 }
-// Makes the compiler forget what it has computed from a pack: it would rather keep the converted numbers, in twice as
-// many registers, than convert again.
-template <class P>
-__device__ inline void convert_again(P& pack) {
-    uint32_t words[(sizeof(P) + 3) / 4] = {};
-    memcpy(words, &pack, sizeof(P));
-#pragma unroll
-    for (uint32_t& w : words) asm volatile("" : "+r"(w));
-    memcpy(&pack, words, sizeof(P));
-}
 // Two neighbours at an even offset.
 template <class A>
 __device__ inline void store2(A* p, float a, float b) {
@@ -225,9 +215,12 @@ static constexpr int64 kPartialBlocks = 1024;  // blocks that share a sum over r
 //      ours, by rows                       the same memory, by columns
 //      C (M,N) = A (M,K) B (K,N)     =     C' (N,M) = B' (N,K) A' (K,M)
 //
-// and it is enough to swap A and B and to pass N before M. An operand that we want transposed is one for them too. Of
-// the algorithms that the library's heuristic proposes the first is taken: a choice by rule, not by a race against
-// the clock. Reductions in place are excluded, the others add up in a fixed order.
+// and it is enough to swap A and B and to pass N before M. An operand that we want transposed is one for them too.
+//
+// THE ALGORITHM is chosen by rule, not by a race against the clock, so that it is the same in every run. The library's
+// heuristic lists up to eight for a product, with its first choice first. Measured inside whole training steps, another
+// one of the list is often faster, and the tile of its output tells which: see preferred_tiles. Reductions in place are
+// excluded, all others add up in a fixed order.
 
 class Blas {
   public:
@@ -267,6 +260,24 @@ class Blas {
         if (profile) profile->mark(name, stream);
     }
 
+    // What was chosen for each product so far, for the log of a run.
+    std::vector<std::string> choices() const {
+        std::vector<std::string> list = {format("cuBLASLt %zu", cublasLtGetVersion())};
+        for (const auto& p : plans) {
+            const auto& [type_c, type_ab, la, lb, M, N, K, lda, ldb, ldc, accumulate, align_a, align_b, align_c] =
+                p.first;
+            const auto text = [](int type) { return type == CUDA_R_32F ? "fp32" : "bf16"; };
+            list.push_back(format("%s (%lld,%lld) %s %s (%lld,%lld)%s (%lld,%lld)%s: algorithm %d, tile %d, split %d",
+                                  text(type_c), (long long)M, (long long)N, accumulate ? "+=" : "=", text(type_ab),
+                                  (long long)M, (long long)K, la == Layout::transposed ? "'" : "", (long long)K,
+                                  (long long)N, lb == Layout::transposed ? "'" : "",
+                                  attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_ID),
+                                  attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID),
+                                  attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM)));
+        }
+        return list;
+    }
+
   private:
     using Key = std::tuple<int, int, Layout, Layout, int64, int64, int64, int64, int64, int64, bool, int, int, int>;
     struct Plan {
@@ -290,6 +301,22 @@ class Blas {
     }
     static void check(cublasStatus_t s, const char* what) {
         if (s != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: %s: %s", what, cublasLtGetStatusString(s));
+    }
+    static int attribute(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t which) {
+        int value = 0;
+        size_t written = 0;
+        check(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, which, &value, sizeof value, &written), "attribute");
+        return value;
+    }
+    // The tiles to prefer over the heuristic's first choice, the best first, if they are on its list and the inner
+    // dimension is not split. Found by timing steps of `320m` on an H200 with each algorithm of the list
+    // (docs/cuda.md): products of activations are 4 to 18% faster, and the gradient of [C|B|X|dt] is 6%.
+    static std::vector<int> preferred_tiles(int type_c, int64 M, int64 K) {
+        constexpr int64 kMany = 8192;  // tokens: what was timed; decoding, say, is another matter
+        if (type_c == CUDA_R_16BF && M >= kMany)
+            return {CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_304x128};
+        if (type_c == CUDA_R_32F && K >= kMany) return {CUBLASLT_MATMUL_TILE_128x192};
+        return {};
     }
     Plan plan(const Key& key) const {
         const auto [type_c, type_ab, la, lb, M, N, K, lda, ldb, ldc, accumulate, align_a, align_b, align_c] = key;
@@ -318,16 +345,23 @@ class Blas {
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(align_a));
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(align_c));
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(align_c));
-        cublasLtMatmulHeuristicResult_t found{};
+        cublasLtMatmulHeuristicResult_t found[8];
         int count = 0;
         const cublasStatus_t s =
-            cublasLtMatmulAlgoGetHeuristic(handle, p.op, p.b, p.a, p.c, p.c, preference, 1, &found, &count);
+            cublasLtMatmulAlgoGetHeuristic(handle, p.op, p.b, p.a, p.c, p.c, preference, 8, found, &count);
         cublasLtMatmulPreferenceDestroy(preference);
         if (s != CUBLAS_STATUS_SUCCESS || count < 1)
             fail("cuBLASLt: no algorithm for (%lld,%lld) = (%lld,%lld) (%lld,%lld), row strides %lld, %lld, %lld: %s",
                  (long long)M, (long long)N, (long long)M, (long long)K, (long long)K, (long long)N, (long long)ldc,
                  (long long)lda, (long long)ldb, cublasLtGetStatusString(s));
-        p.algorithm = found.algo;
+        p.algorithm = found[0].algo;
+        for (const int tile : preferred_tiles(type_c, M, K))
+            for (int i = 0; i < count; ++i)
+                if (attribute(found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID) == tile &&
+                    attribute(found[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1) {
+                    p.algorithm = found[i].algo;
+                    return p;
+                }
         return p;
     }
 };
@@ -1619,6 +1653,41 @@ static RowCut row_cut(int64 D, bool vectors) {  // vectors: every row and weight
     cut.K = needed() > few ? many : vectors ? needed() + needed() % 2 : few;
     return cut;
 }
+// A pack as it came from memory, in whole registers, until it is needed. Those that lie beyond the row are read from
+// its beginning instead, so that no load has to wait for a condition, and count as zero.
+template <class A, int W>
+struct RawPack {
+    static constexpr int kBytes = W * int(sizeof(A));
+    using Bits =
+        std::conditional_t<kBytes == 16, uint4,
+                           std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+    Bits bits;
+
+    __device__ void read(const A* row, int c, int D) {
+        bits = *reinterpret_cast<const Bits*>(row + (c < D ? c : 0));
+        if (c >= D) bits = {};
+    }
+    __device__ void write(A* row, int c, int D) const {
+        if (c < D) *reinterpret_cast<Bits*>(row + c) = bits;
+    }
+    __device__ void get(float (&f)[W]) const {
+        A v[W];
+        memcpy(v, &bits, kBytes);
+#pragma unroll
+        for (int i = 0; i < W; ++i) f[i] = to_float(v[i]);
+    }
+    __device__ void set(const float (&f)[W]) {
+        A v[W];
+#pragma unroll
+        for (int i = 0; i < W; ++i) v[i] = from_float<A>(f[i]);
+        memcpy(&bits, v, kBytes);
+    }
+    // Makes the compiler forget the numbers it got: it would rather keep them, in twice as many registers, than convert
+    // again.
+    __device__ void forget() {
+        if constexpr (kBytes == 8) asm volatile("" : "+r"(bits.x), "+r"(bits.y));
+    }
+};
 // Calls body(W, K), as compile-time numbers.
 template <int W, int K, class F>
 static bool template_numbers(const RowCut& cut, F body) {
@@ -1694,49 +1763,48 @@ __device__ inline void dropout_factors(float (&f)[W], const DropoutMask& d, int6
 template <class A, int W, int K>
 __global__ void __launch_bounds__(kNormThreads)
     residual_norm_forward_kernel(A* out, A* u, float* rstd, const A* x, const A* m, const float* w_res,
-                                 const float* w_norm, float eps, DropoutMask mask, int64 rows, int64 D, int warps) {
+                                 const float* w_norm, float eps, DropoutMask mask, int64 rows, int D, int warps) {
     __shared__ float buffer[kNormWarps];
     const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
-    const int64 r = int64(blockIdx.x) * (kNormWarps / warps) + group, c0 = int64(thread) * W, stride = 32 * warps * W;
+    const int c0 = thread * W, stride = 32 * warps * W;
+    const int64 r = int64(blockIdx.x) * (kNormWarps / warps) + group;
     if (r >= rows) return;
-    Pack<A, W> v[K], mv[K];  // v: the values to be normalised, as they are stored: the sum, rounded to A
+    RawPack<A, W> xv[K], mv[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) xv[k].read(x + r * D, c0 + k * stride, D);
+    if (m)
+#pragma unroll
+        for (int k = 0; k < K; ++k) mv[k].read(m + r * D, c0 + k * stride, D);
+    float v[K][W], sum = 0;  // the numbers to be normalised, as they are stored: the sum, rounded to A
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const int64 c = c0 + k * stride, at = r * D + c;
-        if (c >= D) continue;
-        v[k] = *reinterpret_cast<const Pack<A, W>*>(x + at);
-        if (m) mv[k] = *reinterpret_cast<const Pack<A, W>*>(m + at);
-    }
-    float sum = 0;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-        const int64 c = c0 + k * stride, at = r * D + c;
-        if (c >= D) continue;
+        const int c = c0 + k * stride;
         if (m) {
-            float w[W], f[W];
-            load<W>(w, w_res + c);
-            if (mask.threshold) dropout_factors<W>(f, mask, at);
+            float w[W] = {}, f[W], mi[W];
+            if (c < D) load<W>(w, w_res + c);
+            if (mask.threshold) dropout_factors<W>(f, mask, r * D + c);
+            xv[k].get(v[k]);
+            mv[k].get(mi);
 #pragma unroll
-            for (int i = 0; i < W; ++i) {
-                const float mi = to_float(mv[k].v[i]) * (mask.threshold ? f[i] : 1.0f);
-                v[k].v[i] = from_float<A>(w[i] * to_float(v[k].v[i]) + mi);
-            }
-            *reinterpret_cast<Pack<A, W>*>(out + at) = v[k];
+            for (int i = 0; i < W; ++i) v[k][i] = w[i] * v[k][i] + (mask.threshold ? mi[i] * f[i] : mi[i]);
+            xv[k].set(v[k]);
+            xv[k].write(out + r * D, c, D);
         }
+        xv[k].get(v[k]);
 #pragma unroll
-        for (int i = 0; i < W; ++i) sum += to_float(v[k].v[i]) * to_float(v[k].v[i]);
+        for (int i = 0; i < W; ++i) sum += v[k][i] * v[k][i];
     }
     const float s = 1.0f / sqrtf(row_sum(sum, warps, buffer) / float(D) + eps);
     if (thread == 0) rstd[r] = s;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        const int64 c = c0 + k * stride;
-        if (c >= D) continue;
-        float w[W], uv[W];
-        load<W>(w, w_norm + c);
+        const int c = c0 + k * stride;
+        float w[W] = {};
+        if (c < D) load<W>(w, w_norm + c);
 #pragma unroll
-        for (int i = 0; i < W; ++i) uv[i] = to_float(v[k].v[i]) * s * w[i];
-        store<W>(u + r * D + c, uv);
+        for (int i = 0; i < W; ++i) v[k][i] *= s * w[i];
+        xv[k].set(v[k]);
+        xv[k].write(u + r * D, c, D);
     }
 }
 template <class A>
@@ -1748,7 +1816,7 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
         launch(m ? "residual_norm_forward" : "rmsnorm_forward",
                residual_norm_forward_kernel<A, decltype(W)::value, decltype(K)::value>,
                ceil_div(rows, kNormWarps / cut.warps), kNormThreads, 0, stream, out, u, rstd, x, m, w_res, w_norm,
-               float(eps), dropout_mask(dropout), rows, D, cut.warps);
+               float(eps), dropout_mask(dropout), rows, int(D), cut.warps);
     });
 }
 
@@ -1760,62 +1828,63 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
 template <class A, int W, int K>
 __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* int(sizeof(A)) / 4)) <= 90 ? 2 : 1)
     norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x, const float* w_res,
-                                  const float* w_norm, const float* rstd, int64 rows, int64 D, int warps,
+                                  const float* w_norm, const float* rstd, int64 rows, int D, int warps,
                                   int64 block_rows) {
     __shared__ float buffers[2][kNormWarps];
     extern __shared__ __align__(16) float sums[];
     const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
-    const int64 c0 = int64(thread) * W, stride = 32 * warps * W;
+    const int c0 = thread * W, stride = 32 * warps * W;
     const int64 first = blockIdx.x * block_rows, last = min(rows, first + block_rows);
     float sum_norm[K][W] = {}, sum_res[K][W] = {};
     int turn = 0;
     for (int64 r = first + group; r < last; r += kNormWarps / warps, turn ^= 1) {
-        Pack<A, W> xv[K], duv[K], doutv[K];
+        RawPack<A, W> xv[K], duv[K], doutv[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64 c = c0 + k * stride, at = r * D + c;
-            if (c >= D) continue;
-            xv[k] = *reinterpret_cast<const Pack<A, W>*>(x + at);
-            duv[k] = *reinterpret_cast<const Pack<A, W>*>(du + at);
-            if (dout) doutv[k] = *reinterpret_cast<const Pack<A, W>*>(dout + at);
+            const int c = c0 + k * stride;
+            xv[k].read(x + r * D, c, D);
+            duv[k].read(du + r * D, c, D);
+            doutv[k].read((dout ? dout : x) + r * D, c, D);  // x: no matter which, its weight is 0
         }
         const float s = rstd[r];
         float dot = 0;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64 c = c0 + k * stride;
-            if (c >= D) continue;
-            float wn[W];
-            load<W>(wn, w_norm + c);
+            const int c = c0 + k * stride;
+            float wn[W] = {}, xi[W], dui[W];
+            if (c < D) load<W>(wn, w_norm + c);
+            xv[k].get(xi);
+            duv[k].get(dui);
 #pragma unroll
-            for (int i = 0; i < W; ++i) dot += to_float(duv[k].v[i]) * wn[i] * to_float(xv[k].v[i]);
+            for (int i = 0; i < W; ++i) dot += dui[i] * wn[i] * xi[i];
+            xv[k].forget();
+            duv[k].forget();
         }
         const float back = s * s * row_sum(dot, warps, buffers[turn]) / float(D);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-            const int64 c = c0 + k * stride;
-            if (c >= D) continue;
-            float wn[W], wr[W] = {}, dxv[W];
-            load<W>(wn, w_norm + c);
-            if (dout) load<W>(wr, w_res + c);
-            convert_again(xv[k]);
-            convert_again(duv[k]);
+            const int c = c0 + k * stride;
+            float wn[W] = {}, wr[W] = {}, xi[W], dui[W], douti[W], dxi[W];
+            if (c < D) load<W>(wn, w_norm + c);
+            if (c < D && dout) load<W>(wr, w_res + c);
+            xv[k].get(xi);
+            duv[k].get(dui);
+            doutv[k].get(douti);
 #pragma unroll
             for (int i = 0; i < W; ++i) {
-                const float xi = to_float(xv[k].v[i]), dui = to_float(duv[k].v[i]);
-                const float doi = dout ? to_float(doutv[k].v[i]) : 0.0f;
-                dxv[i] = wr[i] * doi + s * (dui * wn[i] - xi * back);
-                sum_norm[k][i] += dui * xi * s;
-                sum_res[k][i] += doi * xi;
+                dxi[i] = wr[i] * douti[i] + s * (dui[i] * wn[i] - xi[i] * back);
+                sum_norm[k][i] += dui[i] * xi[i] * s;
+                sum_res[k][i] += douti[i] * xi[i];  // without dout not used
             }
-            store<W>(dx + r * D + c, dxv);
+            xv[k].set(dxi);
+            xv[k].write(dx + r * D, c, D);
         }
     }
     for (int turns = 0; turns < kNormWarps / warps; ++turns) {  // one group after the other, each its own columns
         if (turns == group)
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const int64 c = c0 + k * stride;
+                const int c = c0 + k * stride;
                 if (c >= D) continue;
                 float a[W] = {}, b[W] = {};
                 if (turns > 0) {
@@ -1832,7 +1901,7 @@ __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* in
             }
         __syncthreads();  // the next group adds to what this one has written
     }
-    for (int64 c = threadIdx.x; c < 2 * D; c += blockDim.x) partial[blockIdx.x * 2 * D + c] = sums[c];
+    for (int c = int(threadIdx.x); c < 2 * D; c += int(blockDim.x)) partial[blockIdx.x * 2 * D + c] = sums[c];
 }
 // dw_res null with dout null.
 template <class A>
@@ -1845,7 +1914,7 @@ static void norm_residual_backward(A* dx, float* dw_norm, float* dw_res, float* 
     with_row_cut(cut, [&](auto W, auto K) {
         launch("norm_residual_backward", norm_residual_backward_kernel<A, decltype(W)::value, decltype(K)::value>,
                blocks, kNormThreads, size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm,
-               rstd, rows, D, cut.warps, block_rows);
+               rstd, rows, int(D), cut.warps, block_rows);
     });
     add_partials(dw_norm, dw_res, partial, blocks, 2 * D, D, stream);
 }
@@ -2276,6 +2345,7 @@ class Model {
         }
         return b.at<float>();
     }
+    std::vector<std::string> gemm_choices() const { return blas.choices(); }
     bool has(Buffer which) const { return buffers[int(which)].size() > 0; }
     void weights_written();  // after the host wrote them: makes the copy
     double forward(const int32_t* tokens_in, const int32_t* targets_in, int64 batch, int64 length, const DropoutKey*,
@@ -2939,6 +3009,7 @@ class CudaEngine : public Engine {
         model.update(o, lr, step, grad_scale);
     }
     std::string find_non_finite() const override { return model.find_non_finite(); }
+    std::vector<std::string> gemm_choices() const override { return model.gemm_choices(); }
 
     std::unique_ptr<State> new_state(int64 B, int64 capacity) const override {
         return std::make_unique<CudaState<A>>(config, B, capacity);
