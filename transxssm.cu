@@ -1637,6 +1637,9 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
 // A row lies in the registers of a few warps of a block, as few as can hold it: one for D <= 768, so that its sum is
 // a matter of shuffles and no thread waits for another warp. A thread has K packs of W neighbouring columns, the
 // packs of neighbouring threads side by side. All loads of a row come before the first use.
+//
+// Rows are taken from the last to the first, here and in section 9: of what the matrix product before has written the
+// last rows are still in the L2 cache, and the product after begins with the first ones.
 
 static constexpr int kNormThreads = 256, kNormWarps = kNormThreads / 32;
 static constexpr int64 kNormMaxD = 8192;
@@ -1767,8 +1770,8 @@ __global__ void __launch_bounds__(kNormThreads)
     __shared__ float buffer[kNormWarps];
     const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
     const int c0 = thread * W, stride = 32 * warps * W;
-    const int64 r = int64(blockIdx.x) * (kNormWarps / warps) + group;
-    if (r >= rows) return;
+    const int64 r = rows - 1 - (int64(blockIdx.x) * (kNormWarps / warps) + group);
+    if (r < 0) return;
     RawPack<A, W> xv[K], mv[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) xv[k].read(x + r * D, c0 + k * stride, D);
@@ -1822,22 +1825,22 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
 
 // dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)       dout null: no residual, its term is absent
 // dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x
-// dx and dout may be the same memory. A block takes block_rows rows; a thread adds up its columns of all its rows in
+// dx and dout may be the same memory. A thread adds up its columns of all the rows it meets in
 // registers, and at the end the block's rows are joined in shared memory, (2,D): partial (blocks, 2D) holds the sums
 // for dw_norm | dw_res.
 template <class A, int W, int K>
 __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* int(sizeof(A)) / 4)) <= 90 ? 2 : 1)
     norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x, const float* w_res,
-                                  const float* w_norm, const float* rstd, int64 rows, int D, int warps,
-                                  int64 block_rows) {
+                                  const float* w_norm, const float* rstd, int64 rows, int D, int warps) {
     __shared__ float buffers[2][kNormWarps];
     extern __shared__ __align__(16) float sums[];
     const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
     const int c0 = thread * W, stride = 32 * warps * W;
-    const int64 first = blockIdx.x * block_rows, last = min(rows, first + block_rows);
+    const int64 groups = kNormWarps / warps;
     float sum_norm[K][W] = {}, sum_res[K][W] = {};
     int turn = 0;
-    for (int64 r = first + group; r < last; r += kNormWarps / warps, turn ^= 1) {
+    for (int64 i = blockIdx.x * groups + group; i < rows; i += gridDim.x * groups, turn ^= 1) {
+        const int64 r = rows - 1 - i;
         RawPack<A, W> xv[K], duv[K], doutv[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
@@ -1880,7 +1883,7 @@ __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* in
             xv[k].write(dx + r * D, c, D);
         }
     }
-    for (int turns = 0; turns < kNormWarps / warps; ++turns) {  // one group after the other, each its own columns
+    for (int turns = 0; turns < groups; ++turns) {  // one group after the other, each its own columns
         if (turns == group)
 #pragma unroll
             for (int k = 0; k < K; ++k) {
@@ -1909,12 +1912,11 @@ static void norm_residual_backward(A* dx, float* dw_norm, float* dw_res, float* 
                                    const A* x, const float* w_res, const float* w_norm, const float* rstd, int64 rows,
                                    int64 D, cudaStream_t stream) {
     const RowCut cut = row_cut(D, D % 4 == 0 && (uintptr_t(w_res) | uintptr_t(w_norm)) % 16 == 0);
-    const int64 block_rows = std::max<int64>(kNormWarps / cut.warps, ceil_div(rows, kNormBlocks));
-    const int64 blocks = ceil_div(rows, block_rows);
+    const int64 blocks = std::min(kNormBlocks, ceil_div(rows, kNormWarps / cut.warps));
     with_row_cut(cut, [&](auto W, auto K) {
         launch("norm_residual_backward", norm_residual_backward_kernel<A, decltype(W)::value, decltype(K)::value>,
                blocks, kNormThreads, size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm,
-               rstd, rows, int(D), cut.warps, block_rows);
+               rstd, rows, int(D), cut.warps);
     });
     add_partials(dw_norm, dw_res, partial, blocks, 2 * D, D, stream);
 }
@@ -1945,7 +1947,7 @@ static void dropout_backward(A* dm, const A* dout, const Dropout& dropout, int64
 
 template <class A, int W>
 __global__ void swiglu_forward_kernel(A* h, const A* gate_up, int64 n, int64 F) {
-    const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+    const int64 i = (int64(gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
     const int64 r = i / F, f = i % F;
     float g[W], u[W];
@@ -1967,7 +1969,7 @@ static void swiglu_forward(A* h, const A* gate_up, int64 rows, int64 F, cudaStre
 // the gradient of W_down reads it next.
 template <class A, int W>
 __global__ void swiglu_backward_kernel(A* dgate_up, A* dh_h, const A* gate_up, int64 n, int64 F) {
-    const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+    const int64 i = (int64(gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
     const int64 r = i / F, f = i % F, at = r * 2 * F + f;
     float g[W], u[W], d[W];
@@ -2030,6 +2032,10 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
             for (int i = 0; i < W; ++i)
                 if (v + i >= V) f[i] = -INFINITY;
     };
+    // exp(f - from), for bf16 as a power of 2: one multiply-add and one instruction
+    const auto exp_minus = [](float f, float from) {
+        return std::is_same<A, float>::value ? expf(f - from) : exp2_fast(f * kLog2e - from * kLog2e);
+    };
     float top = -INFINITY, sum = 0;
     for (int v = first; v < end; v += stride) {
         float f[W];
@@ -2042,7 +2048,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
             top = largest;
         }
 #pragma unroll
-        for (int i = 0; i < W; ++i) sum += exp_for<A>(f[i] - top);
+        for (int i = 0; i < W; ++i) sum += exp_minus(f[i], top);
     }
     // Joins (top, sum) of two parts; a thread or warp that saw nothing has sum 0 and must not make inf - inf.
     const auto join = [&](float other_top, float other_sum) {
@@ -2069,7 +2075,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
         float f[W];
         fetch(f, v);
 #pragma unroll
-        for (int i = 0; i < W; ++i) f[i] = exp_for<A>(f[i] - lse);
+        for (int i = 0; i < W; ++i) f[i] = exp_minus(f[i], lse);
         if (target - v >= 0 && target - v < W)
 #pragma unroll
             for (int i = 0; i < W; ++i)
