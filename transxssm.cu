@@ -84,6 +84,14 @@ struct Profile {
 };
 static Profile* profile = nullptr;
 
+// Shared memory that a block may ask for, in bytes.
+static int64 shared_memory_per_block() {
+    int device = 0, bytes = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+}
+
 template <class T>
 struct Same {
     using type = T;
@@ -207,9 +215,12 @@ static constexpr int64 kPartialBlocks = 1024;  // blocks that share a sum over r
 //      ours, by rows                       the same memory, by columns
 //      C (M,N) = A (M,K) B (K,N)     =     C' (N,M) = B' (N,K) A' (K,M)
 //
-// and it is enough to swap A and B and to pass N before M. An operand that we want transposed is one for them too. Of
-// the algorithms that the library's heuristic proposes the first is taken: a choice by rule, not by a race against
-// the clock. Reductions in place are excluded, the others add up in a fixed order.
+// and it is enough to swap A and B and to pass N before M. An operand that we want transposed is one for them too.
+//
+// THE ALGORITHM is chosen by rule, not by a race against the clock, so that it is the same in every run. The library's
+// heuristic lists up to eight for a product, with its first choice first. Measured inside whole training steps, another
+// one of the list is often faster, and the tile of its output tells which: see preferred_tiles. Reductions in place are
+// excluded, all others add up in a fixed order.
 
 class Blas {
   public:
@@ -249,6 +260,24 @@ class Blas {
         if (profile) profile->mark(name, stream);
     }
 
+    // What was chosen for each product so far, for the log of a run.
+    std::vector<std::string> choices() const {
+        std::vector<std::string> list = {format("cuBLASLt %zu", cublasLtGetVersion())};
+        for (const auto& p : plans) {
+            const auto& [type_c, type_ab, la, lb, M, N, K, lda, ldb, ldc, accumulate, align_a, align_b, align_c] =
+                p.first;
+            const auto text = [](int type) { return type == CUDA_R_32F ? "fp32" : "bf16"; };
+            list.push_back(format("%s (%lld,%lld) %s %s (%lld,%lld)%s (%lld,%lld)%s: algorithm %d, tile %d, split %d",
+                                  text(type_c), (long long)M, (long long)N, accumulate ? "+=" : "=", text(type_ab),
+                                  (long long)M, (long long)K, la == Layout::transposed ? "'" : "", (long long)K,
+                                  (long long)N, lb == Layout::transposed ? "'" : "",
+                                  attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_ID),
+                                  attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID),
+                                  attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM)));
+        }
+        return list;
+    }
+
   private:
     using Key = std::tuple<int, int, Layout, Layout, int64, int64, int64, int64, int64, int64, bool, int, int, int>;
     struct Plan {
@@ -272,6 +301,22 @@ class Blas {
     }
     static void check(cublasStatus_t s, const char* what) {
         if (s != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: %s: %s", what, cublasLtGetStatusString(s));
+    }
+    static int attribute(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t which) {
+        int value = 0;
+        size_t written = 0;
+        check(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, which, &value, sizeof value, &written), "attribute");
+        return value;
+    }
+    // The tiles to prefer over the heuristic's first choice, the best first, if they are on its list and the inner
+    // dimension is not split. Found by timing steps of `320m` on an H200 with each algorithm of the list
+    // (docs/cuda.md): products of activations are 4 to 18% faster, and the gradient of [C|B|X|dt] is 6%.
+    static std::vector<int> preferred_tiles(int type_c, int64 M, int64 K) {
+        constexpr int64 kMany = 8192;  // tokens: what was timed; decoding, say, is another matter
+        if (type_c == CUDA_R_16BF && M >= kMany)
+            return {CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_304x128};
+        if (type_c == CUDA_R_32F && K >= kMany) return {CUBLASLT_MATMUL_TILE_128x192};
+        return {};
     }
     Plan plan(const Key& key) const {
         const auto [type_c, type_ab, la, lb, M, N, K, lda, ldb, ldc, accumulate, align_a, align_b, align_c] = key;
@@ -300,16 +345,23 @@ class Blas {
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(align_a));
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(align_c));
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(align_c));
-        cublasLtMatmulHeuristicResult_t found{};
+        cublasLtMatmulHeuristicResult_t found[8];
         int count = 0;
         const cublasStatus_t s =
-            cublasLtMatmulAlgoGetHeuristic(handle, p.op, p.b, p.a, p.c, p.c, preference, 1, &found, &count);
+            cublasLtMatmulAlgoGetHeuristic(handle, p.op, p.b, p.a, p.c, p.c, preference, 8, found, &count);
         cublasLtMatmulPreferenceDestroy(preference);
         if (s != CUBLAS_STATUS_SUCCESS || count < 1)
             fail("cuBLASLt: no algorithm for (%lld,%lld) = (%lld,%lld) (%lld,%lld), row strides %lld, %lld, %lld: %s",
                  (long long)M, (long long)N, (long long)M, (long long)K, (long long)K, (long long)N, (long long)ldc,
                  (long long)lda, (long long)ldb, cublasLtGetStatusString(s));
-        p.algorithm = found.algo;
+        p.algorithm = found[0].algo;
+        for (const int tile : preferred_tiles(type_c, M, K))
+            for (int i = 0; i < count; ++i)
+                if (attribute(found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID) == tile &&
+                    attribute(found[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1) {
+                    p.algorithm = found[i].algo;
+                    return p;
+                }
         return p;
     }
 };
@@ -560,16 +612,20 @@ struct Position {
 // 3  Embedding: x_r = E[token_r]
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <class A>
+template <class A, int W>
 __global__ void embedding_forward_kernel(A* x, const int32_t* tokens, const float* embed, int64 n, int64 D) {
-    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < n) x[i] = from_float<A>(embed[int64(tokens[i / D]) * D + i % D]);
+    const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+    if (i >= n) return;
+    float f[W];
+    load<W>(f, embed + int64(tokens[i / D]) * D + i % D);
+    store<W>(x + i, f);
 }
 template <class A>
 static void embedding_forward(A* x, const int32_t* tokens, const float* embed, int64 rows, int64 D,
                               cudaStream_t stream) {
-    launch("embedding_forward", embedding_forward_kernel<A>, ceil_div(rows * D, 256), 256, 0, stream, x, tokens, embed,
-           rows * D, D);
+    const int W = D % 4 == 0 ? 4 : 1;
+    launch("embedding_forward", W == 4 ? embedding_forward_kernel<A, 4> : embedding_forward_kernel<A, 1>,
+           ceil_div(rows * D, 256 * W), 256, 0, stream, x, tokens, embed, rows * D, D);
 }
 
 // dE[token] += sum of dx_r over the rows r of that token, in their order. The host has sorted the rows by token:
@@ -1578,26 +1634,87 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
 // next half's x. These kernels join a residual with the norm after it (forward) and a norm with the residual around
 // it (backward): each tensor then crosses the memory bus once. They are bound by it.
 //
-// A block takes a few rows at a time; a thread owns W neighbouring columns of all of them, so that weights are read
-// once per group. Sums over a row: within warps by shuffles, across warps through shared memory. Two buffers take
-// turns, so that one barrier per group is enough: a thread is at most one group ahead.
+// A row lies in the registers of a few warps of a block, as few as can hold it: one for D <= 768, so that its sum is
+// a matter of shuffles and no thread waits for another warp. A thread has K packs of W neighbouring columns, the
+// packs of neighbouring threads side by side. All loads of a row come before the first use.
+//
+// Rows are taken from the last to the first, here and in section 9: of what the matrix product before has written the
+// last rows are still in the L2 cache, and the product after begins with the first ones.
 
-static constexpr int kRowGroup = 4, kBackwardRows = 2;  // the backward has more to keep in registers
+static constexpr int kNormThreads = 256, kNormWarps = kNormThreads / 32;
+static constexpr int64 kNormMaxD = 8192;
+static constexpr int64 kNormBlocks = 264;  // of a backward: two for each of 132 multiprocessors, whatever the GPU
 
-template <int R>
-__device__ inline void block_row_sums(float (&s)[R], float (*buffer)[8]) {  // buffer[R][8]; up to 8 warps
-    const int warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        s[r] = warp_sum(s[r]);
-        if (lane_id() == 0) buffer[r][warp] = s[r];
+struct RowCut {
+    int W, K, warps;                            // W K 32 warps >= D
+};                                              // for D up to kNormMaxD
+static RowCut row_cut(int64 D, bool vectors) {  // vectors: every row and weight begins at a multiple of 4 numbers
+    RowCut cut{vectors ? 4 : 1, 0, 1};
+    const int few = vectors ? 6 : 8, many = vectors ? 8 : 32;
+    const auto needed = [&] { return int(ceil_div(D, cut.W * 32 * cut.warps)); };
+    while (cut.warps < kNormWarps && needed() > few) cut.warps *= 2;
+    cut.K = needed() > few ? many : vectors ? needed() + needed() % 2 : few;
+    return cut;
+}
+// A pack as it came from memory, in whole registers, until it is needed. Those that lie beyond the row are read from
+// its beginning instead, so that no load has to wait for a condition, and count as zero.
+template <class A, int W>
+struct RawPack {
+    static constexpr int kBytes = W * int(sizeof(A));
+    using Bits =
+        std::conditional_t<kBytes == 16, uint4,
+                           std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+    Bits bits;
+
+    __device__ void read(const A* row, int c, int D) {
+        bits = *reinterpret_cast<const Bits*>(row + (c < D ? c : 0));
+        if (c >= D) bits = {};
     }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        s[r] = 0;
-        for (int w = 0; w < warps; ++w) s[r] += buffer[r][w];
+    __device__ void write(A* row, int c, int D) const {
+        if (c < D) *reinterpret_cast<Bits*>(row + c) = bits;
     }
+    __device__ void get(float (&f)[W]) const {
+        A v[W];
+        memcpy(v, &bits, kBytes);
+#pragma unroll
+        for (int i = 0; i < W; ++i) f[i] = to_float(v[i]);
+    }
+    __device__ void set(const float (&f)[W]) {
+        A v[W];
+#pragma unroll
+        for (int i = 0; i < W; ++i) v[i] = from_float<A>(f[i]);
+        memcpy(&bits, v, kBytes);
+    }
+    // Makes the compiler forget the numbers it got: it would rather keep them, in twice as many registers, than convert
+    // again.
+    __device__ void forget() {
+        if constexpr (kBytes == 8) asm volatile("" : "+r"(bits.x), "+r"(bits.y));
+    }
+};
+// Calls body(W, K), as compile-time numbers.
+template <int W, int K, class F>
+static bool template_numbers(const RowCut& cut, F body) {
+    if (cut.W != W || cut.K != K) return false;
+    body(std::integral_constant<int, W>(), std::integral_constant<int, K>());
+    return true;
+}
+template <class F>
+static void with_row_cut(const RowCut& cut, F body) {
+    template_numbers<1, 8>(cut, body) || template_numbers<1, 32>(cut, body) || template_numbers<4, 2>(cut, body) ||
+        template_numbers<4, 4>(cut, body) || template_numbers<4, 6>(cut, body) || template_numbers<4, 8>(cut, body);
+}
+
+// Sum over the threads of a row: `warps` warps (a power of 2), which meet at a barrier of their own. Two buffers take
+// turns, so that one barrier is enough: a warp is at most one row ahead of the others.
+__device__ inline float row_sum(float x, int warps, float* buffer) {  // buffer[kNormWarps]
+    x = warp_sum(x);
+    if (warps == 1) return x;
+    const int warp = int(threadIdx.x) / 32, first = warp - warp % warps;
+    if (lane_id() == 0) buffer[warp] = x;
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + first / warps), "r"(32 * warps) : "memory");
+    x = 0;
+    for (int w = first; w < first + warps; ++w) x += buffer[w];
+    return x;
 }
 
 // The random words of Philox4x32-10 (common.h), for dropout.
@@ -1645,172 +1762,162 @@ __device__ inline void dropout_factors(float (&f)[W], const DropoutMask& d, int6
     }
 }
 
-// m null: no residual, x is normalised and out is not written. u null: only the residual.
-template <class A, int W>
-__global__ void residual_norm_forward_kernel(A* out, A* u, float* rstd, const A* x, const A* m, const float* w_res,
-                                             const float* w_norm, float eps, DropoutMask mask, int64 rows, int64 D) {
-    __shared__ float buffers[2][kRowGroup][8];
-    int turn = 0;
-    // The value to be normalised, as it is stored: the sum, rounded to A.
-    const auto value = [&](float(&v)[W], int64 at, const float(&w)[W]) {
-        load<W>(v, x + at);
-        if (!m) return;
-        float mv[W];
-        load<W>(mv, m + at);
-        if (mask.threshold) {
-            float f[W];
-            dropout_factors<W>(f, mask, at);
+// m null: no residual, x is normalised and out is not written. One row per `warps` warps.
+template <class A, int W, int K>
+__global__ void __launch_bounds__(kNormThreads)
+    residual_norm_forward_kernel(A* out, A* u, float* rstd, const A* x, const A* m, const float* w_res,
+                                 const float* w_norm, float eps, DropoutMask mask, int64 rows, int D, int warps) {
+    __shared__ float buffer[kNormWarps];
+    const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
+    const int c0 = thread * W, stride = 32 * warps * W;
+    const int64 r = rows - 1 - (int64(blockIdx.x) * (kNormWarps / warps) + group);
+    if (r < 0) return;
+    RawPack<A, W> xv[K], mv[K];
 #pragma unroll
-            for (int i = 0; i < W; ++i) mv[i] *= f[i];
+    for (int k = 0; k < K; ++k) xv[k].read(x + r * D, c0 + k * stride, D);
+    if (m)
+#pragma unroll
+        for (int k = 0; k < K; ++k) mv[k].read(m + r * D, c0 + k * stride, D);
+    float v[K][W], sum = 0;  // the numbers to be normalised, as they are stored: the sum, rounded to A
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        const int c = c0 + k * stride;
+        if (m) {
+            float w[W] = {}, f[W], mi[W];
+            if (c < D) load<W>(w, w_res + c);
+            if (mask.threshold) dropout_factors<W>(f, mask, r * D + c);
+            xv[k].get(v[k]);
+            mv[k].get(mi);
+#pragma unroll
+            for (int i = 0; i < W; ++i) v[k][i] = w[i] * v[k][i] + (mask.threshold ? mi[i] * f[i] : mi[i]);
+            xv[k].set(v[k]);
+            xv[k].write(out + r * D, c, D);
         }
+        xv[k].get(v[k]);
 #pragma unroll
-        for (int i = 0; i < W; ++i) v[i] = to_float(from_float<A>(w[i] * v[i] + mv[i]));
-    };
-    for (int64 r0 = int64(blockIdx.x) * kRowGroup; r0 < rows; r0 += int64(gridDim.x) * kRowGroup, turn ^= 1) {
-        float sum[kRowGroup] = {};
-        for (int64 c = int64(threadIdx.x) * W; c < D; c += int64(blockDim.x) * W) {
-            float w[W] = {};
-            if (m)
+        for (int i = 0; i < W; ++i) sum += v[k][i] * v[k][i];
+    }
+    const float s = 1.0f / sqrtf(row_sum(sum, warps, buffer) / float(D) + eps);
+    if (thread == 0) rstd[r] = s;
 #pragma unroll
-                for (int i = 0; i < W; ++i) w[i] = w_res[c + i];
+    for (int k = 0; k < K; ++k) {
+        const int c = c0 + k * stride;
+        float w[W] = {};
+        if (c < D) load<W>(w, w_norm + c);
 #pragma unroll
-            for (int r = 0; r < kRowGroup; ++r) {
-                if (r0 + r >= rows) continue;
-                float v[W];
-                value(v, (r0 + r) * D + c, w);
-                if (m) store<W>(out + (r0 + r) * D + c, v);
-#pragma unroll
-                for (int i = 0; i < W; ++i) sum[r] += v[i] * v[i];
-            }
-        }
-        if (!u) continue;
-        block_row_sums(sum, buffers[turn]);
-#pragma unroll
-        for (int r = 0; r < kRowGroup; ++r) {
-            sum[r] = 1.0f / sqrtf(sum[r] / float(D) + eps);
-            if (int(threadIdx.x) == r && r0 + r < rows) rstd[r0 + r] = sum[r];
-        }
-        for (int64 c = int64(threadIdx.x) * W; c < D; c += int64(blockDim.x) * W) {
-            float w[W] = {}, wn[W];
-#pragma unroll
-            for (int i = 0; i < W; ++i) {
-                if (m) w[i] = w_res[c + i];
-                wn[i] = w_norm[c + i];
-            }
-#pragma unroll
-            for (int r = 0; r < kRowGroup; ++r) {
-                if (r0 + r >= rows) continue;
-                float v[W];
-                value(v, (r0 + r) * D + c, w);  // the same numbers again, from the cache
-#pragma unroll
-                for (int i = 0; i < W; ++i) v[i] = v[i] * sum[r] * wn[i];
-                store<W>(u + (r0 + r) * D + c, v);
-            }
-        }
+        for (int i = 0; i < W; ++i) v[k][i] *= s * w[i];
+        xv[k].set(v[k]);
+        xv[k].write(u + r * D, c, D);
     }
 }
-static int row_threads(int64 D, int W) { return int(std::min<int64>(256, round_up(ceil_div(D, W), 32))); }
-
 template <class A>
 static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A* m, const float* w_res,
                                   const float* w_norm, double eps, const Dropout& dropout, int64 rows, int64 D,
                                   cudaStream_t stream) {
-    const int W = D % 8 == 0 ? 8 : 1;
-    launch(m ? "residual_norm_forward" : "rmsnorm_forward",
-           W == 8 ? residual_norm_forward_kernel<A, 8> : residual_norm_forward_kernel<A, 1>,
-           std::min<int64>(ceil_div(rows, kRowGroup), 1 << 20), row_threads(D, W), 0, stream, out, u, rstd, x, m, w_res,
-           w_norm, float(eps), dropout_mask(dropout), rows, D);
+    const RowCut cut = row_cut(D, D % 4 == 0 && (uintptr_t(w_res) | uintptr_t(w_norm)) % 16 == 0);
+    with_row_cut(cut, [&](auto W, auto K) {
+        launch(m ? "residual_norm_forward" : "rmsnorm_forward",
+               residual_norm_forward_kernel<A, decltype(W)::value, decltype(K)::value>,
+               ceil_div(rows, kNormWarps / cut.warps), kNormThreads, 0, stream, out, u, rstd, x, m, w_res, w_norm,
+               float(eps), dropout_mask(dropout), rows, int(D), cut.warps);
+    });
 }
 
-// dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)          dout null: no residual, its term is
-// absent dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x dx and dout may be the same memory. partial
-// (blocks, 2D): sums for dw_norm | dw_res, gathered in shared memory, where a thread's W columns lie D/W apart so
-// that neighbouring threads use different banks. kKeep: D is at most one pass of the block, and what the first sum
-// has read stays in registers for the second.
-template <class A, int W, bool kKeep>
-__global__ void norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x,
-                                              const float* w_res, const float* w_norm, const float* rstd, int64 rows,
-                                              int64 D, int64 block_rows) {
-    __shared__ float buffers[2][kBackwardRows][8];
-    extern __shared__ float sums[];  // (2, W, D/W)
-    const int64 stride = D / W, first = blockIdx.x * block_rows, last = min(rows, first + block_rows);
-    for (int64 c = threadIdx.x; c < stride; c += blockDim.x)
-        for (int i = 0; i < 2 * W; ++i) sums[i * stride + c] = 0;
+// dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)       dout null: no residual, its term is absent
+// dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x
+// dx and dout may be the same memory. A thread adds up its columns of all the rows it meets in
+// registers, and at the end the block's rows are joined in shared memory, (2,D): partial (blocks, 2D) holds the sums
+// for dw_norm | dw_res.
+template <class A, int W, int K>
+__global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* int(sizeof(A)) / 4)) <= 90 ? 2 : 1)
+    norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x, const float* w_res,
+                                  const float* w_norm, const float* rstd, int64 rows, int D, int warps) {
+    __shared__ float buffers[2][kNormWarps];
+    extern __shared__ __align__(16) float sums[];
+    const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
+    const int c0 = thread * W, stride = 32 * warps * W;
+    const int64 groups = kNormWarps / warps;
+    float sum_norm[K][W] = {}, sum_res[K][W] = {};
     int turn = 0;
-    for (int64 r0 = first; r0 < last; r0 += kBackwardRows, turn ^= 1) {
-        float dot[kBackwardRows] = {};
-        Pack<A, W> kept_x[kBackwardRows], kept_du[kBackwardRows], kept_dout[kBackwardRows];
-        const auto fetch = [&](int r, int64 at) {
-            kept_x[r] = *reinterpret_cast<const Pack<A, W>*>(x + at);
-            kept_du[r] = *reinterpret_cast<const Pack<A, W>*>(du + at);
-            if (dout) kept_dout[r] = *reinterpret_cast<const Pack<A, W>*>(dout + at);
-        };
-        for (int64 c = int64(threadIdx.x) * W; c < D; c += int64(blockDim.x) * W) {
-            float wn[W];
+    for (int64 i = blockIdx.x * groups + group; i < rows; i += gridDim.x * groups, turn ^= 1) {
+        const int64 r = rows - 1 - i;
+        RawPack<A, W> xv[K], duv[K], doutv[K];
 #pragma unroll
-            for (int r = 0; r < kBackwardRows; ++r)
-                if (r0 + r < last) fetch(r, (r0 + r) * D + c);
-#pragma unroll
-            for (int i = 0; i < W; ++i) wn[i] = w_norm[c + i];
-#pragma unroll
-            for (int r = 0; r < kBackwardRows; ++r)
-                if (r0 + r < last)
-#pragma unroll
-                    for (int i = 0; i < W; ++i) dot[r] += to_float(kept_du[r].v[i]) * wn[i] * to_float(kept_x[r].v[i]);
+        for (int k = 0; k < K; ++k) {
+            const int c = c0 + k * stride;
+            xv[k].read(x + r * D, c, D);
+            duv[k].read(du + r * D, c, D);
+            doutv[k].read((dout ? dout : x) + r * D, c, D);  // x: no matter which, its weight is 0
         }
-        block_row_sums(dot, buffers[turn]);
-        for (int64 c = int64(threadIdx.x) * W; c < D; c += int64(blockDim.x) * W) {
-            float wn[W], wr[W] = {}, sum_norm[W] = {}, sum_res[W] = {};
+        const float s = rstd[r];
+        float dot = 0;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int c = c0 + k * stride;
+            float wn[W] = {}, xi[W], dui[W];
+            if (c < D) load<W>(wn, w_norm + c);
+            xv[k].get(xi);
+            duv[k].get(dui);
+#pragma unroll
+            for (int i = 0; i < W; ++i) dot += dui[i] * wn[i] * xi[i];
+            xv[k].forget();
+            duv[k].forget();
+        }
+        const float back = s * s * row_sum(dot, warps, buffers[turn]) / float(D);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            const int c = c0 + k * stride;
+            float wn[W] = {}, wr[W] = {}, xi[W], dui[W], douti[W], dxi[W];
+            if (c < D) load<W>(wn, w_norm + c);
+            if (c < D && dout) load<W>(wr, w_res + c);
+            xv[k].get(xi);
+            duv[k].get(dui);
+            doutv[k].get(douti);
 #pragma unroll
             for (int i = 0; i < W; ++i) {
-                wn[i] = w_norm[c + i];
-                if (dout) wr[i] = w_res[c + i];
+                dxi[i] = wr[i] * douti[i] + s * (dui[i] * wn[i] - xi[i] * back);
+                sum_norm[k][i] += dui[i] * xi[i] * s;
+                sum_res[k][i] += douti[i] * xi[i];  // without dout not used
             }
-#pragma unroll
-            for (int r = 0; r < kBackwardRows; ++r) {
-                if (r0 + r >= last) continue;
-                const int64 at = (r0 + r) * D + c;
-                const float s = rstd[r0 + r], k = s * s * dot[r] / float(D);
-                if (!kKeep) fetch(r, at);
-                float dxv[W];
-#pragma unroll
-                for (int i = 0; i < W; ++i) {
-                    const float xi = to_float(kept_x[r].v[i]), dui = to_float(kept_du[r].v[i]);
-                    const float doi = dout ? to_float(kept_dout[r].v[i]) : 0.0f;
-                    dxv[i] = wr[i] * doi + s * (dui * wn[i] - xi * k);
-                    sum_norm[i] += dui * xi * s;
-                    sum_res[i] += doi * xi;
-                }
-                store<W>(dx + at, dxv);
-            }
-#pragma unroll
-            for (int i = 0; i < W; ++i) {
-                sums[i * stride + c / W] += sum_norm[i];
-                sums[(W + i) * stride + c / W] += sum_res[i];
-            }
+            xv[k].set(dxi);
+            xv[k].write(dx + r * D, c, D);
         }
     }
-    for (int64 c = threadIdx.x; c < stride; c += blockDim.x)
-        for (int i = 0; i < W; ++i) {
-            partial[blockIdx.x * 2 * D + c * W + i] = sums[i * stride + c];
-            partial[blockIdx.x * 2 * D + D + c * W + i] = sums[(W + i) * stride + c];
-        }
+    for (int turns = 0; turns < groups; ++turns) {  // one group after the other, each its own columns
+        if (turns == group)
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                const int c = c0 + k * stride;
+                if (c >= D) continue;
+                float a[W] = {}, b[W] = {};
+                if (turns > 0) {
+                    load<W>(a, sums + c);
+                    load<W>(b, sums + D + c);
+                }
+#pragma unroll
+                for (int i = 0; i < W; ++i) {
+                    a[i] += sum_norm[k][i];
+                    b[i] += sum_res[k][i];
+                }
+                store<W>(sums + c, a);
+                store<W>(sums + D + c, b);
+            }
+        __syncthreads();  // the next group adds to what this one has written
+    }
+    for (int c = int(threadIdx.x); c < 2 * D; c += int(blockDim.x)) partial[blockIdx.x * 2 * D + c] = sums[c];
 }
 // dw_res null with dout null.
 template <class A>
 static void norm_residual_backward(A* dx, float* dw_norm, float* dw_res, float* partial, const A* dout, const A* du,
                                    const A* x, const float* w_res, const float* w_norm, const float* rstd, int64 rows,
                                    int64 D, cudaStream_t stream) {
-    const int W =
-        D % 4 == 0 ? 4 : 1;  // not 8: it would need so many registers that too few warps are there to wait for memory
-    const int64 block_rows = round_up(ceil_div(rows, kPartialBlocks), kBackwardRows),
-                blocks = ceil_div(rows, block_rows);
-    launch("norm_residual_backward",
-           W == 1                       ? norm_residual_backward_kernel<A, 1, false>
-           : D <= row_threads(D, W) * W ? norm_residual_backward_kernel<A, 4, true>
-                                        : norm_residual_backward_kernel<A, 4, false>,
-           blocks, row_threads(D, W), size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm,
-           rstd, rows, D, block_rows);
+    const RowCut cut = row_cut(D, D % 4 == 0 && (uintptr_t(w_res) | uintptr_t(w_norm)) % 16 == 0);
+    const int64 blocks = std::min(kNormBlocks, ceil_div(rows, kNormWarps / cut.warps));
+    with_row_cut(cut, [&](auto W, auto K) {
+        launch("norm_residual_backward", norm_residual_backward_kernel<A, decltype(W)::value, decltype(K)::value>,
+               blocks, kNormThreads, size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm,
+               rstd, rows, int(D), cut.warps);
+    });
     add_partials(dw_norm, dw_res, partial, blocks, 2 * D, D, stream);
 }
 
@@ -1840,7 +1947,7 @@ static void dropout_backward(A* dm, const A* dout, const Dropout& dropout, int64
 
 template <class A, int W>
 __global__ void swiglu_forward_kernel(A* h, const A* gate_up, int64 n, int64 F) {
-    const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+    const int64 i = (int64(gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
     const int64 r = i / F, f = i % F;
     float g[W], u[W];
@@ -1858,56 +1965,90 @@ static void swiglu_forward(A* h, const A* gate_up, int64 rows, int64 F, cudaStre
 }
 
 // du = dh silu(g);  dg = dh u silu'(g),  silu'(g) = sigmoid(g) (1 + g (1 - sigmoid(g)))
+// h is made again and replaces dh: the forward need not keep it (0.4 GB a layer for `320m` at 65,536 tokens), and
+// the gradient of W_down reads it next.
 template <class A, int W>
-__global__ void swiglu_backward_kernel(A* dgate_up, const A* dh, const A* gate_up, int64 n, int64 F) {
-    const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+__global__ void swiglu_backward_kernel(A* dgate_up, A* dh_h, const A* gate_up, int64 n, int64 F) {
+    const int64 i = (int64(gridDim.x - 1 - blockIdx.x) * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
     const int64 r = i / F, f = i % F, at = r * 2 * F + f;
     float g[W], u[W], d[W];
     load<W>(g, gate_up + at);
     load<W>(u, gate_up + at + F);
-    load<W>(d, dh + i);
+    load<W>(d, dh_h + i);
 #pragma unroll
     for (int k = 0; k < W; ++k) {
-        const float s = 1.0f / (1.0f + exp_for<A>(-g[k]));
-        const float dg = d[k] * u[k] * s * (1.0f + g[k] * (1.0f - s));
-        u[k] = d[k] * g[k] * s;
+        const float e = 1.0f + exp_for<A>(-g[k]), s = 1.0f / e;
+        const float dg = d[k] * u[k] * s * (1.0f + g[k] * (1.0f - s)), du = d[k] * g[k] * s;
+        d[k] = u[k] * (g[k] / e);  // to the bit as the forward made it
         g[k] = dg;
+        u[k] = du;
     }
     store<W>(dgate_up + at, g);
     store<W>(dgate_up + at + F, u);
+    store<W>(dh_h + i, d);
 }
 template <class A>
-static void swiglu_backward(A* dgate_up, const A* dh, const A* gate_up, int64 rows, int64 F, cudaStream_t stream) {
+static void swiglu_backward(A* dgate_up, A* dh_h, const A* gate_up, int64 rows, int64 F, cudaStream_t stream) {
     const int W = F % 8 == 0 ? 8 : 1;
     launch("swiglu_backward", W == 8 ? swiglu_backward_kernel<A, 8> : swiglu_backward_kernel<A, 1>,
-           ceil_div(rows * F, 256 * W), 256, 0, stream, dgate_up, dh, gate_up, rows * F, F);
+           ceil_div(rows * F, 256 * W), 256, 0, stream, dgate_up, dh_h, gate_up, rows * F, F);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 10  Cross-entropy: loss_r = log sum_v exp(z_rv) - z_r,target;   dz = softmax(z) - onehot(target)
 // ---------------------------------------------------------------------------------------------------------------------
-// One block per row. The first pass reads the row once and keeps (largest, sum of exp(z - largest)); the second
-// replaces z by dz (unscaled: the matrix products that read it scale) while the row is still in the cache. Rows are
-// ld >= V apart; columns beyond V become zero.
+// One block per row, which it fetches into shared memory (100 KB for V 50,304 in bf16: two blocks fit on a
+// multiprocessor of an H100, and while one waits for memory the other works). There (largest, sum of exp(z - largest))
+// is found, and dz written over z (unscaled: the matrix products that read it scale): z is read once and written once.
+// A row that does not fit is read a second time from memory. Rows are ld = padded8(V) apart; columns beyond V become
+// zero.
 
-template <class A, int W>
-__global__ void __launch_bounds__(512)
+static constexpr int kCrossEntropyThreads = 512;
+
+template <class A, bool kShared>
+__global__ void __launch_bounds__(kCrossEntropyThreads)
     cross_entropy_kernel(float* losses, A* logits, const int32_t* targets, int64 V, int64 ld, bool gradient) {
-    __shared__ float tops[16], sums[16];
+    constexpr int W = 8;
+    __shared__ float tops[kCrossEntropyThreads / 32], sums[kCrossEntropyThreads / 32];
+    extern __shared__ __align__(16) unsigned char shared[];
     A* z = logits + int64(blockIdx.x) * ld;
-    const int target = targets[blockIdx.x];
+    const A* row = kShared ? reinterpret_cast<const A*>(shared) : z;
+    const int first = int(threadIdx.x) * W, stride = int(blockDim.x) * W, end = int(ld), target = targets[blockIdx.x];
+    if (kShared) {  // a thread reads only what it has copied itself: no barrier
+        for (int v = first; v < end; v += stride)
+#pragma unroll
+            for (int i = 0; i < W; i += 16 / int(sizeof(A)))
+                asm volatile(
+                    "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(row + v + i))),
+                    "l"(z + v + i)
+                    : "memory");
+        copies_done();
+    }
+    const auto fetch = [&](float(&f)[W], int v) {
+        load<W>(f, row + v);
+        if (v + W > V)
+#pragma unroll
+            for (int i = 0; i < W; ++i)
+                if (v + i >= V) f[i] = -INFINITY;
+    };
+    // exp(f - from), for bf16 as a power of 2: one multiply-add and one instruction
+    const auto exp_minus = [](float f, float from) {
+        return std::is_same<A, float>::value ? expf(f - from) : exp2_fast(f * kLog2e - from * kLog2e);
+    };
     float top = -INFINITY, sum = 0;
-    for (int64 v = int64(threadIdx.x) * W; v < V; v += int64(blockDim.x) * W) {
+    for (int v = first; v < end; v += stride) {
         float f[W];
-        load<W>(f, z + v);
+        fetch(f, v);
         float largest = top;
 #pragma unroll
         for (int i = 0; i < W; ++i) largest = fmaxf(largest, f[i]);
-        sum *= expf(top - largest);
-        top = largest;
+        if (largest > top) {
+            sum *= expf(top - largest);
+            top = largest;
+        }
 #pragma unroll
-        for (int i = 0; i < W; ++i) sum += exp_for<A>(f[i] - top);
+        for (int i = 0; i < W; ++i) sum += exp_minus(f[i], top);
     }
     // Joins (top, sum) of two parts; a thread or warp that saw nothing has sum 0 and must not make inf - inf.
     const auto join = [&](float other_top, float other_sum) {
@@ -1927,25 +2068,28 @@ __global__ void __launch_bounds__(512)
     sum = sums[0];
     for (int w = 1; w < int(blockDim.x) / 32; ++w) join(tops[w], sums[w]);
     const float lse = top + logf(sum);
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + (top - to_float(z[target]));
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + (top - to_float(row[target]));
     if (!gradient) return;
-    __syncthreads();  // z[target] has been read
-    for (int64 v = int64(threadIdx.x) * W; v < ld; v += int64(blockDim.x) * W) {
-        float f[W] = {};
-        if (v < V) {
-            load<W>(f, z + v);
+    __syncthreads();  // row[target] has been read
+    for (int v = first; v < end; v += stride) {
+        float f[W];
+        fetch(f, v);
 #pragma unroll
-            for (int i = 0; i < W; ++i) f[i] = exp_for<A>(f[i] - lse) - (v + i == target ? 1.0f : 0.0f);
-        }
+        for (int i = 0; i < W; ++i) f[i] = exp_minus(f[i], lse);
+        if (target - v >= 0 && target - v < W)
+#pragma unroll
+            for (int i = 0; i < W; ++i)
+                if (v + i == target) f[i] -= 1;
         store<W>(z + v, f);
     }
 }
 template <class A>
 static void cross_entropy(float* losses, A* logits, const int32_t* targets, int64 rows, int64 V, bool gradient,
                           cudaStream_t stream) {
-    const bool vectors = V % 8 == 0;
-    launch("cross_entropy", vectors ? cross_entropy_kernel<A, 8> : cross_entropy_kernel<A, 1>, rows, 512, 0, stream,
-           losses, logits, targets, V, padded8(V), gradient);
+    const int64 ld = padded8(V), bytes = ld * int64(sizeof(A));
+    const bool fits = bytes + 1024 <= shared_memory_per_block();
+    launch("cross_entropy", fits ? cross_entropy_kernel<A, true> : cross_entropy_kernel<A, false>, rows,
+           kCrossEntropyThreads, fits ? size_t(bytes) : 0, stream, losses, logits, targets, V, ld, gradient);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1967,8 +2111,8 @@ struct AdamWRates {
     float beta1, beta2, one_beta1, one_beta2, correction1, correction2, lr, eps, weight_decay, scale;
 };
 template <class A>
-__global__ void adamw_kernel(float* w, A* copy, float* m, float* v, const float* g, const AdamWTile* tiles,
-                             AdamWRates o) {
+__global__ void adamw_kernel(float* __restrict__ w, A* __restrict__ copy, float* __restrict__ m, float* __restrict__ v,
+                             const float* __restrict__ g, const AdamWTile* tiles, AdamWRates o) {
     const AdamWTile tile = tiles[blockIdx.x];
     const float decay = tile.decay ? o.weight_decay : 0.0f;
     const auto update = [&](auto width, int i) {
@@ -1992,6 +2136,7 @@ __global__ void adamw_kernel(float* w, A* copy, float* m, float* v, const float*
         if (tile.copy >= 0) store<W>(copy + tile.copy + i, wi);
     };
     if (tile.offset % 4 == 0 && tile.count % 4 == 0 && (tile.copy < 0 || tile.copy % 4 == 0))
+#pragma unroll 2  // two sets of loads under way
         for (int i = 4 * int(threadIdx.x); i < tile.count; i += 4 * int(blockDim.x))
             update(std::integral_constant<int, 4>(), i);
     else
@@ -2024,6 +2169,7 @@ __global__ void sum_of_squares_kernel(double* partial, const float* g, int64 n, 
     __shared__ double sums[256];
     const int64 first = blockIdx.x * block_size, last = min(n, first + block_size);
     double s = 0;
+#pragma unroll 8
     for (int64 i = first + threadIdx.x; i < last; i += blockDim.x) s += double(g[i]) * double(g[i]);
     sums[threadIdx.x] = s;
     for (int d = 128; d > 0; d /= 2) {
@@ -2127,7 +2273,7 @@ struct LayerActivations {
     A* x_mid;             // (rows,D) after the first residual
     float* rstd2;         // (rows)
     A* u2;                // (rows,D) second norm
-    A *gate_up, *h;       // (rows,2F), (rows,F)
+    A* gate_up;           // (rows,2F)
 };
 
 template <class A>
@@ -2199,11 +2345,13 @@ class Model {
     float* buffer(Buffer which) {
         Memory& b = buffers[int(which)];
         if (b.size() == 0) {
-            b.resize(size_t(table.count) * sizeof(float), buffer_name(which));
+            // and room for the padding of the last matrix's gradient (linear_backward_weight)
+            b.resize(size_t(table.count + 8 * std::max(config.D, config.F)) * sizeof(float), buffer_name(which));
             CHECK_CUDA(cudaMemsetAsync(b.at(), 0, b.size(), stream));
         }
         return b.at<float>();
     }
+    std::vector<std::string> gemm_choices() const { return blas.choices(); }
     bool has(Buffer which) const { return buffers[int(which)].size() > 0; }
     void weights_written();  // after the host wrote them: makes the copy
     double forward(const int32_t* tokens_in, const int32_t* targets_in, int64 batch, int64 length, const DropoutKey*,
@@ -2232,7 +2380,6 @@ class Model {
     A* logits;  // (head_rows, padded8(V)): of one part of the rows, or of all if they fit
     int64 head_rows = 0;
     int32_t *tokens, *targets, *order, *start;  // (rows), start (rows + 1)
-    std::vector<int32_t> host_tokens;
     int64 B = 0, T = 0, distinct = 0;
     int64 carved = 0, carved_B = 0, carved_T = 0;  // 0: nothing, 1: for training, 2: for inference
     bool has_targets = false, dropout_on = false;
@@ -2240,7 +2387,7 @@ class Model {
     float *cos_qk = nullptr, *sin_qk = nullptr, *cos_cb = nullptr, *sin_cb = nullptr;
     int64 rope_positions = 0, layout_count = 0;  // how often memory was laid out anew
     // not needed after the op that reads it
-    A *m, *dx, *dm, *du, *dy, *dh, *dproj, *dgate_up, *last;
+    A *m, *h, *dx, *dm, *du, *dy, *dproj, *dgate_up, *last;
     float *ddt, *ddA, *dyy, *partial, *logits32, *segment_scratch;
 
     static const char* buffer_name(Buffer which) {
@@ -2265,9 +2412,19 @@ class Model {
     void linear(Y* y, const A* x, const Matrix& a, int64 rows) {
         linear_forward(blas, y, a.ld, x, data(a), rows, a.in, kCopy ? a.ld : a.out, stream);
     }
+    void linear_backward_input(A* d_x, const A* d_y, const Matrix& a, int64 rows, float scale = 1) {
+        cuda::linear_backward_input(blas, d_x, d_y, a.ld, data(a), rows, a.in, kCopy ? a.ld : a.out, scale, stream);
+    }
+    // With the padding of dy, whose rows of dW lie where the next parameters' gradients are (or, for the last matrix,
+    // behind the buffer's end, where there is room): dy is zero there, so that the product adds zeros to them. Without
+    // the padding the number of rows would be no multiple of 8, and the product would take twice as long.
+    void linear_backward_weight(const A* d_y, const A* x, const Matrix& a, int64 rows, float scale = 1) {
+        cuda::linear_backward_weight(blas, buffers[1].at<float>() + a.master, d_y, a.ld, x, rows, a.in,
+                                     kCopy ? a.ld : a.out, scale, stream);
+    }
     void linear_backward(A* d_x, const A* d_y, const A* x, const Matrix& a, int64 rows, float scale = 1) {
-        linear_backward_input(blas, d_x, d_y, a.ld, data(a), rows, a.in, kCopy ? a.ld : a.out, scale, stream);
-        linear_backward_weight(blas, buffers[1].at<float>() + a.master, d_y, a.ld, x, rows, a.in, a.out, scale, stream);
+        linear_backward_input(d_x, d_y, a, rows, scale);
+        linear_backward_weight(d_y, x, a, rows, scale);
     }
     void carve(Arena*, int64 batch, int64 length, bool training);
     void prepare(int64 batch, int64 length, bool training);
@@ -2288,6 +2445,9 @@ Model<A>::Model(const Config& c)
         if (c.is_attention(i) && c.P() > kAttentionMaxP)
             fail("attention on the GPU: the head dimension is %lld; at most %lld is supported", (long long)c.P(),
                  (long long)kAttentionMaxP);
+    if (c.D > kNormMaxD)
+        fail("norms on the GPU: the model's width is %lld; at most %lld is supported", (long long)c.D,
+             (long long)kNormMaxD);
     // An ordinary stream, which waits for the default one: that is where cudaMemset and cudaMemcpy work, and they may return
     // before they are done.
     CHECK_CUDA(cudaStreamCreate(&stream));
@@ -2377,7 +2537,6 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
         a->take(&l.rstd2, rows);
         a->take(&l.u2, rows * D);
         a->take(&l.gate_up, rows * 2 * c.F);
-        a->take(&l.h, rows * c.F);
     }
     a->take(&m, rows * D);
     a->take(&segment_scratch, ssd_scratch({batch, length, H, c.P(), c.N, c.Q, 0}, tiles));
@@ -2387,22 +2546,27 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     a->take(&rstd_final, rows);
     if (!training) {
         head_rows = std::min(rows, std::max<int64>(1, kLogitsPart / 4 / logit_row));
+        a->take(&h, rows * c.F);
         a->take(&last, batch * D);
         a->take(&logits32, head_rows * logit_row);
         return;
     }
     const int64 row_bytes = logit_row * int64(sizeof(A));
     head_rows = rows <= kLogitsKept / row_bytes ? rows : std::max<int64>(1, kLogitsPart / row_bytes);
+    // The layers' scratch shares its memory with the logits, which live from the head's forward to its backward: when
+    // no layer is at work.
+    Arena scratch_of_layers = *a;
     a->take(&logits, head_rows * logit_row);
+    scratch_of_layers.take(&h, rows * c.F);  // and its gradient
+    scratch_of_layers.take(&dy, rows * D);
+    scratch_of_layers.take(&dproj, rows * width);
+    scratch_of_layers.take(&dgate_up, rows * 2 * c.F);
+    a->used = std::max(a->used, scratch_of_layers.used);
     a->take(&losses, rows);
     a->take(&dx, rows * D);
     if (c.dropout > 0) a->take(&dm, rows * D);
     else dm = dx;
     a->take(&du, rows * D);
-    a->take(&dy, rows * D);
-    a->take(&dh, rows * c.F);
-    a->take(&dproj, rows * width);
-    a->take(&dgate_up, rows * 2 * c.F);
     a->take(&ddt, rows * H);
     a->take(&ddA, rows * H);
     a->take(&dyy, rows * H);
@@ -2504,12 +2668,7 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     };
     upload(tokens, tokens_in, rows);
     if (targets_in) {
-        host_tokens.assign(tokens_in, tokens_in + rows);
-        std::vector<int32_t> host_order, host_start;
-        distinct = sort_by_token(&host_order, &host_start, host_tokens, c.V);
         upload(targets, targets_in, rows);
-        upload(order, host_order.data(), rows);
-        upload(start, host_start.data(), distinct + 1);
     }
     if (profile) profile->mark("upload", stream);
 
@@ -2541,6 +2700,11 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         linear(logits, u_final + r0 * D, head, part);
         cross_entropy(losses + r0, logits, targets + r0, part, c.V, head_rows == rows, stream);
     }
+    // While the GPU works: for the embedding's gradient.
+    std::vector<int32_t> host_order, host_start;
+    distinct = sort_by_token(&host_order, &host_start, std::vector<int32_t>(tokens_in, tokens_in + rows), c.V);
+    upload(order, host_order.data(), rows);
+    upload(start, host_start.data(), distinct + 1);
     std::vector<float> host(static_cast<size_t>(rows));
     CHECK_CUDA(cudaMemcpyAsync(host.data(), losses, size_t(rows) * 4, cudaMemcpyDeviceToHost, stream));
     CHECK_CUDA(cudaStreamSynchronize(stream));
@@ -2565,8 +2729,8 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
         residual_norm_forward(a.x_mid, a.u2, a.rstd2, a.x, m, w(Param::res1, i), w(Param::norm2, i), c.norm_eps,
                               dropout(i, 0), rows, D, stream);
         linear(a.gate_up, a.u2, matrix(Param::gate_proj, i), rows);
-        swiglu_forward(a.h, a.gate_up, rows, c.F, stream);
-        linear(m, a.h, matrix(Param::down_proj, i), rows);
+        swiglu_forward(h, a.gate_up, rows, c.F, stream);
+        linear(m, h, matrix(Param::down_proj, i), rows);
         // and the first norm of the next layer, or the final one
         const bool end = i + 1 == c.L;
         LayerActivations<A>* next = end ? nullptr : &layers[size_t(i + 1)];
@@ -2661,8 +2825,10 @@ void Model<A>::backward(double scale) {
         // x_out = res2 * x_mid + dropout(W_down swiglu(W_gate|up rmsnorm(x_mid)));  without dropout dm is dx itself
         if (dropout_on) dropout_backward(dm, dx, dropout(i, 1), rows * D, stream);
         A* d = dropout_on ? dm : dx;
-        linear_backward(dh, d, a.h, matrix(Param::down_proj, i), rows);
-        swiglu_backward(dgate_up, dh, a.gate_up, rows, c.F, stream);
+        const Matrix& down = matrix(Param::down_proj, i);
+        linear_backward_input(h, d, down, rows);  // h's gradient, in its place
+        swiglu_backward(dgate_up, h, a.gate_up, rows, c.F, stream);
+        linear_backward_weight(d, h, down, rows);
         linear_backward(du, dgate_up, a.u2, matrix(Param::gate_proj, i), rows);
         norm_residual_backward(dx, g(Param::norm2, i), g(Param::res2, i), partial, dx, du, a.x_mid, w(Param::res2, i),
                                w(Param::norm2, i), a.rstd2, rows, D, stream);
@@ -2707,7 +2873,7 @@ void Model<A>::mixer_backward(int64 i) {
 template <class A>
 double Model<A>::gradient_norm() {
     // Blocks of fixed size, so that the order of the sum does not depend on the GPU.
-    const int64 block = 1 << 18, blocks = ceil_div(table.count, block);
+    const int64 block = 1 << 16, blocks = ceil_div(table.count, block);
     if (scratch.size() == 0) scratch.resize(size_t(blocks) * sizeof(double), "a sum");
     launch("gradient_norm", sum_of_squares_kernel, blocks, 256, 0, stream, scratch.at<double>(),
            buffer(Buffer::gradients), table.count, block);
@@ -2780,10 +2946,9 @@ std::string Model<A>::find_non_finite() {
             look(at + "residual", a.x_mid, rows, D, D);
             look(at + "norm2 output", a.u2, rows, D, D);
             look(at + "gate and up", a.gate_up, rows, 2 * config.F, 2 * config.F);
-            look(at + "feed-forward hidden", a.h, rows, config.F, config.F);
         }
         look("activation final input", x_final, rows, D, D);
-        if (head_rows == rows) look("activation logits", logits, rows, config.V, padded8(config.V));
+        if (head_rows == rows && has_targets) look("activation logits", logits, rows, config.V, padded8(config.V));
     }
     look_parameters(Buffer::gradients, "gradient");
     return bad;
@@ -2850,6 +3015,7 @@ class CudaEngine : public Engine {
         model.update(o, lr, step, grad_scale);
     }
     std::string find_non_finite() const override { return model.find_non_finite(); }
+    std::vector<std::string> gemm_choices() const override { return model.gemm_choices(); }
 
     std::unique_ptr<State> new_state(int64 B, int64 capacity) const override {
         return std::make_unique<CudaState<A>>(config, B, capacity);
@@ -3166,8 +3332,8 @@ void swiglu_forward(Precision precision, float* h, const float* gate_up, int64 r
 void swiglu_backward(Precision precision, float* dgate_up, const float* dh, const float* gate_up, int64 rows, int64 F) {
     in_precision(precision, [&](auto a) {
         using A = decltype(a);
-        Array<A> d(nullptr, rows * 2 * F), dhd(dh, rows * F), g(gate_up, rows * 2 * F);
-        swiglu_backward<A>(d, dhd, g, rows, F, nullptr);
+        Array<A> d(nullptr, rows * 2 * F), dh_h(dh, rows * F), g(gate_up, rows * 2 * F);
+        swiglu_backward<A>(d, dh_h, g, rows, F, nullptr);
         d.to(dgate_up);
     });
 }
