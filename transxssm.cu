@@ -3441,6 +3441,7 @@ static void print_profile(const std::function<void()>& step) {
 int bench_command(int argc, char** argv) {
     std::string name = "5m", precision = "bf16";
     int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64;
+    bool recompute = false;
     Options o(
         "transxssm",
         "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
@@ -3449,6 +3450,7 @@ int bench_command(int argc, char** argv) {
     o.add("precision", &precision, "bf16 or fp32");
     o.add("batch", &B, "sequences of a train step", 1, 1 << 20);
     o.add("seq-len", &length, "tokens of a sequence; 0: the preset's", 0, 1 << 24);
+    o.add("recompute", &recompute, "less memory for more work");
     o.add("repeats", &repeats, "timed steps", 1, 1000);
     o.add("prompt", &prompt, "tokens before decoding", 1, 1 << 24);
     o.add("tokens", &decode_tokens, "tokens to decode; 0: do not", 0, 1 << 24);
@@ -3458,7 +3460,7 @@ int bench_command(int argc, char** argv) {
         usage_error("--precision: '%s' is not bf16 or fp32", precision.c_str());
     Config c = preset(name);
     if (length == 0) length = c.T;
-    const auto engine = make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16);
+    const auto engine = make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16, recompute);
     engine->write(Buffer::weights, initial_weights(c, 1).data());
     printf("model       %s, %s parameters, %s\n", name.c_str(), with_commas(engine->table.count).c_str(),
            engine->device().c_str());

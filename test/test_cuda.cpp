@@ -503,9 +503,10 @@ TEST_CASE("cuda: a whole pass, decoding and training steps pass the oracle's own
     add({"--ssd-decay", "false"});
     add({"--state-cotangent", "false", "--seq-len", "5"});
     add({"--d-model", "40", "--heads", "5", "--d-state", "8", "--seq-len", "128", "--vocab", "64"});
-    add({"--d-model", "128", "--heads", "2", "--d-state", "64", "--d-ff", "320", "--seq-len", "200", "--batch", "1"});
-    add({"--d-model", "128", "--heads", "2", "--d-state", "128", "--d-ff", "320", "--seq-len", "583", "--batch", "1",
-         "--adamw-steps", "2", "--layers", "2", "--attn-period", "2"});
+    add({"--d-model", "128", "--heads", "2", "--d-state", "64", "--d-ff", "320", "--seq-len", "200", "--batch", "1",
+         "--chunk", "64"});
+    add({"--d-model", "128", "--heads", "2",  "--d-state",     "128", "--d-ff",   "320", "--seq-len",     "583",
+         "--batch",   "1",   "--chunk", "64", "--adamw-steps", "2",   "--layers", "2",   "--attn-period", "2"});
     for (size_t i = 0; i <= models.size(); ++i) {
         const bool stored = i == models.size();
         const std::string oracle = stored ? std::string(SOURCE_DIR) + "/test/oracle.safetensors" : tmp / "oracle";
