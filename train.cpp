@@ -631,7 +631,10 @@ Json trainer_json(const Trainer& t, const Options& options, const Engine& engine
     // Windows and dropout masks are Philox4x32-10 at (seed, name, step, ...): the step is the position in the data and
     // the state of every generator.
     j.set("random", "philox4x32-10");
-    j.set("device", engine.device());
+    j.set("device", engine.device());  // and what else the bits depend on, for a person who compares two runs
+    Json products = Json::array();
+    for (const std::string& line : engine.gemm_choices()) products.items.emplace_back(line);
+    if (!products.items.empty()) j.set("matrix_products", products);
     j.set("train_sha256", t.train_sha256);
     j.set("val_sha256", t.val_sha256);
     Json settings = options.to_json();

@@ -2464,7 +2464,7 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
             }
             std::string advice = fits > 0 ? format("a batch of %lld fits", (long long)fits)
                                           : std::string("not even a batch of 1 fits: shorten --seq-len");
-            if (training && !recompute) advice += "; --recompute needs less";
+            if (training && !recompute) advice += "; train --recompute needs less";
             fail("GPU: %lld x %lld tokens need %s of memory, %s are free; %s", (long long)batch, (long long)length,
                  byte_text(double(plan.used)).c_str(), byte_text(double(free)).c_str(), advice.c_str());
         }

@@ -185,6 +185,9 @@ class Engine {
     // The first tensor, in the order of computation (weights, activations, gradients), with a NaN or an infinity, and
     // where; "" if all is finite.
     virtual std::string find_non_finite() const = 0;
+    // How the matrix products so far are computed, one line for each: a rule chooses it, and the bits of a result depend
+    // on it. Empty where there is but one way.
+    virtual std::vector<std::string> gemm_choices() const { return {}; }
 
     // Inference. step consumes n >= 1 further tokens of each sequence, tokens (B,n), and writes the logits after the
     // last, (B,V), or after every one, (B,n,V). Any split of a text into steps gives the same result up to rounding.
