@@ -3209,11 +3209,29 @@ struct LoadedModel {
         tokenizer = load_tokenizer(file);
         weights = load_weights(dir, config);
     }
-    std::unique_ptr<Engine> start(const EngineFactory& factory) {
-        std::unique_ptr<Engine> engine = factory(config);
+    std::unique_ptr<Engine> start(const EngineFactory& factory, const std::string& precision) {
+        std::unique_ptr<Engine> engine = factory(config, precision);
         engine->write(Buffer::weights, weights.data());
         std::vector<float>().swap(weights);
         return engine;
+    }
+};
+
+// What a program computes with: the option --precision of `sample` and `eval`.
+struct EngineChoice {
+    const std::vector<std::string>& precisions;  // the first is the default
+    const EngineFactory& factory;
+    std::string precision, help;
+
+    void add_options(Options* options) {
+        precision = precisions[0];
+        help = precisions[0];
+        for (size_t i = 1; i < precisions.size(); ++i) help += " or " + precisions[i];
+        options->add("precision", &precision, help.c_str());
+    }
+    void check() const {
+        if (std::find(precisions.begin(), precisions.end(), precision) == precisions.end())
+            usage_error("--precision: '%s' is not %s", precision.c_str(), help.c_str());
     }
 };
 
@@ -3224,7 +3242,7 @@ std::string model_directory(const std::string& command, const std::vector<std::s
     return words[0];
 }
 
-int sample_command(const std::string& program, int argc, char** argv, const EngineFactory& factory) {
+int sample_command(const std::string& program, int argc, char** argv, EngineChoice engine_choice) {
     std::string prompt, prompt_file;
     int64 count = 256;
     Sampler sampler;
@@ -3237,7 +3255,9 @@ int sample_command(const std::string& program, int argc, char** argv, const Engi
     options.add("prompt-file", &prompt_file, "read the prompt from a file, or from standard input (-)");
     options.add("tokens", &count, "tokens to sample", 0, INT32_MAX);
     sampler.add_options(&options);
+    engine_choice.add_options(&options);
     if (!options.parse(argc, argv, 1, &words)) return 0;
+    engine_choice.check();
     const std::string dir = model_directory("sample", words);
     if (options.given("prompt") && options.given("prompt-file"))
         usage_error("sample: --prompt and --prompt-file exclude each other");
@@ -3245,7 +3265,7 @@ int sample_command(const std::string& program, int argc, char** argv, const Engi
 
     LoadedModel model(dir);
     prompt_tokens(model.config, *model.tokenizer, prompt);  // refuse it before anything is shown
-    const std::unique_ptr<Engine> engine = model.start(factory);
+    const std::unique_ptr<Engine> engine = model.start(engine_choice.factory, engine_choice.precision);
     fprintf(stderr, "%s on %s; %lld tokens, temperature %s, top-k %lld, top-p %s, min-p %s, seed %llu\n",
             model.dir.c_str(), engine->device().c_str(), (long long)count, to_text(sampler.temperature).c_str(),
             (long long)sampler.top_k, to_text(sampler.top_p).c_str(), to_text(sampler.min_p).c_str(),
@@ -3275,7 +3295,7 @@ int sample_command(const std::string& program, int argc, char** argv, const Engi
     return 0;
 }
 
-int eval_command(const std::string& program, int argc, char** argv, const EngineFactory& factory) {
+int eval_command(const std::string& program, int argc, char** argv, EngineChoice engine_choice) {
     std::vector<std::string> words, files;
     int64 batch = 8, length = 0;
     Options options(program, "usage: " + program +
@@ -3284,7 +3304,9 @@ int eval_command(const std::string& program, int argc, char** argv, const Engine
     options.add("data", &files, "text files, one after the other");
     options.add("batch", &batch, "windows at a time", 1, INT32_MAX);
     options.add("seq-len", &length, "tokens per window; 0: the length the model was trained at", 0, INT32_MAX);
+    engine_choice.add_options(&options);
     if (!options.parse(argc, argv, 1, &words)) return 0;
+    engine_choice.check();
     const std::string dir = model_directory("eval", words);
     if (files.empty()) usage_error("eval: --data is missing: which text?");
 
@@ -3304,7 +3326,7 @@ int eval_command(const std::string& program, int argc, char** argv, const Engine
     if (tokens.size() < 2)
         fail("%s: %zu token, at least 2 are needed: one to begin with and one to predict", files[0].c_str(),
              tokens.size());
-    const std::unique_ptr<Engine> engine = model.start(factory);
+    const std::unique_ptr<Engine> engine = model.start(engine_choice.factory, engine_choice.precision);
     if (length == 0) length = model.config.T;
     printf("model       %s on %s\n", model.dir.c_str(), engine->device().c_str());
     printf("data        %s%s, %s bytes; windows of %lld, %lld at a time\n", files[0].c_str(),
@@ -3407,11 +3429,12 @@ int exchange_command(const std::string& program, int argc, char** argv) {
 
 }  // namespace
 
-int model_command(const std::string& program, int argc, char** argv, const EngineFactory& factory,
-                  const std::vector<std::string>& other_commands) {
+int model_command(const std::string& program, int argc, char** argv, const std::vector<std::string>& precisions,
+                  const EngineFactory& factory, const std::vector<std::string>& other_commands) {
     const std::string command = argc > 0 ? argv[0] : "";
-    if (command == "sample") return sample_command(program, argc, argv, factory);
-    if (command == "eval") return eval_command(program, argc, argv, factory);
+    const EngineChoice choice{precisions, factory, "", ""};
+    if (command == "sample") return sample_command(program, argc, argv, choice);
+    if (command == "eval") return eval_command(program, argc, argv, choice);
     if (command == "info") return info_command(program, argc, argv);
     if (command == "export" || command == "import") return exchange_command(program, argc, argv);
     std::vector<std::string> known = {"sample", "eval", "info", "export", "import"};
@@ -4642,7 +4665,8 @@ int main(int argc, char** argv) {
                 model_command_help());
             return 0;
         }
-        return model_command("ref_cpu", argc - 1, argv + 1, make_cpu_engine,
+        return model_command("ref_cpu", argc - 1, argv + 1, {"fp32"},
+                             [](const Config& c, const std::string&) { return make_cpu_engine(c); },
                              {"bench", "gradcheck", "oracle", "compare"});
     });
 }

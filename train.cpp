@@ -164,7 +164,7 @@ std::unique_ptr<Engine> make_engine(const Settings& s, std::string* note) {
 #ifdef WITH_CUDA
     const std::string problem = s.device == "cpu" ? "" : cuda::problem();
     if (s.device == "cuda" || (s.device == "auto" && problem.empty()))
-        return make_cuda_engine(s.config, s.precision == "fp32" ? Precision::fp32 : Precision::bf16);
+        return make_cuda_engine(s.config, s.precision == "fp32" ? Precision::fp32 : Precision::bf16, s.recompute);
 #else
     const std::string problem = "no CUDA engine in this build";
 #endif
@@ -177,7 +177,6 @@ void check_device(const Settings& s) {
 #ifdef WITH_CUDA
     const std::string problem = s.device == "cpu" ? "" : cuda::problem();
     if (s.device == "cuda" && !problem.empty()) fail("--device cuda: %s; --device cpu or auto works", problem.c_str());
-    if (s.recompute) fail("--recompute: not yet available");
     if (s.device == "cuda" || (s.device == "auto" && problem.empty())) return;
 #else
     if (s.device == "cuda") fail("--device cuda: this build has no CUDA engine; --device cpu or auto works");
@@ -622,7 +621,7 @@ struct Trainer {
     }
 };
 
-Json trainer_json(const Trainer& t, const Options& options) {
+Json trainer_json(const Trainer& t, const Options& options, const Engine& engine) {
     Json j = Json::object();
     j.set("schema", trainer_schema);
     j.set("step", t.step);
@@ -632,6 +631,10 @@ Json trainer_json(const Trainer& t, const Options& options) {
     // Windows and dropout masks are Philox4x32-10 at (seed, name, step, ...): the step is the position in the data and
     // the state of every generator.
     j.set("random", "philox4x32-10");
+    j.set("device", engine.device());  // and what else the bits depend on, for a person who compares two runs
+    Json products = Json::array();
+    for (const std::string& line : engine.gemm_choices()) products.items.emplace_back(line);
+    if (!products.items.empty()) j.set("matrix_products", products);
     j.set("train_sha256", t.train_sha256);
     j.set("val_sha256", t.val_sha256);
     Json settings = options.to_json();
@@ -791,7 +794,7 @@ class RunDirectory {
         try {
             save_model(tmp, config, read_buffer(engine, Buffer::weights, "").data(), tokenizer);
             write_optimizer(tmp + "/optimizer.safetensors", engine);
-            write_file(tmp + "/trainer.json", trainer_json(t, options).dump() + "\n");
+            write_file(tmp + "/trainer.json", trainer_json(t, options, engine).dump() + "\n");
             sync_directory(tmp);
         } catch (...) {
             remove_directory(tmp);

@@ -19,7 +19,8 @@
 //  13  the engine         behind the interface of transxssm.h
 //  14  twins for tests    the launchers on host arrays
 //  15  benchmark
-//  16  main
+//  16  a candidate for the oracle   what the kernels make, beside the numbers of ref_cpu.cpp
+//  17  main
 //
 // NUMBERS. A, the type of activations, is __nv_bfloat16 (default) or float (for comparisons; no TF32 anywhere).
 // Whatever A is: sums, norms, softmax, dt, dA, cs, SSD states, losses, master weights, gradients and moments are
@@ -2217,9 +2218,9 @@ class Memory {
     Memory() = default;
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
-    ~Memory() { cudaFree(base); }
+    ~Memory() { reset(); }
     void reset() {
-        cudaFree(base);
+        if (base) cudaFree(base);  // not for nothing: it may not be called while launches are recorded
         base = nullptr;
         bytes = 0;
     }
@@ -2335,9 +2336,11 @@ class Model {
     const Config config;
     const ParamTable table;
     const SsdTiles tiles;
+    const bool recompute;                // keep only each layer's input, make the rest again in the backward pass
+    ref::Probe<float>* probe = nullptr;  // sees each tensor as soon as it is there (section 16)
     cudaStream_t stream = nullptr;
 
-    explicit Model(const Config& c);
+    Model(const Config& c, bool recompute_layers);
     ~Model() {
         if (stream) cudaStreamDestroy(stream);
     }
@@ -2430,16 +2433,41 @@ class Model {
     void prepare(int64 batch, int64 length, bool training);
     void extend_rope(int64 positions);
     void layers_forward(CudaState<A>* state, Position before);
+    void layer_forward(int64 layer, CudaState<A>* state, Position before);
+    void remake(int64 layer);
     void decode(CudaState<A>* state);
     void mixer_forward(int64 layer, CudaState<A>* state, Position before);
     void mixer_backward(int64 layer);
+
+    // As the reference's: shows a tensor of the layer called `name`, B*T rows `ld` apart (0: without gaps), to the probe.
+    template <class X>
+    void see(int64 layer, const char* name, const X* tensor, std::initializer_list<int64> shape, int64 ld = 0) {
+        if (probe) show("", layer, name, tensor, shape, ld, 1);
+    }
+    template <class X>
+    void see_gradient(int64 layer, const char* name, const X* tensor, std::initializer_list<int64> shape, int64 ld = 0,
+                      float scale = 1) {
+        if (probe) show("grad.", layer, name, tensor, shape, ld, scale);
+    }
+    template <class X>
+    void show(const char* kind, int64 layer, const char* name, const X* tensor, const Shape& shape, int64 ld,
+              float scale);
+    void see_rotated(const char* kind, int64 layer, const A* proj, int64 ld);
+    void see_dt_gradient(int64 layer);
+    std::vector<float> on_host(const float* from, int64 n) const {
+        std::vector<float> v(static_cast<size_t>(n));
+        CHECK_CUDA(cudaMemcpyAsync(v.data(), from, v.size() * sizeof(float), cudaMemcpyDeviceToHost, stream));
+        CHECK_CUDA(cudaStreamSynchronize(stream));
+        return v;
+    }
 };
 
 template <class A>
-Model<A>::Model(const Config& c)
+Model<A>::Model(const Config& c, bool recompute_layers)
     : config(c),
       table(c),
       tiles(c.attn_period == 1 && c.attn_offset == 0 ? SsdTiles{64, 32, 32} : ssd_tiles<A>(c.N, c.P())),
+      recompute(recompute_layers),
       layers(size_t(c.L)) {
     for (int64 i = 0; i < c.L; ++i)
         if (c.is_attention(i) && c.P() > kAttentionMaxP)
@@ -2502,36 +2530,41 @@ void Model<A>::weights_written() {
 static constexpr int64 kLogitsKept = int64(8) << 30, kLogitsPart = int64(1) << 30;
 
 // Lays out what a forward pass (and, when training, a backward pass) needs. In inference all layers use the same
-// memory.
+// memory; with `recompute` they do so too, but for each layer's input.
 template <class A>
 void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     const Config& c = config;
     const int64 rows = batch * length, D = c.D, H = c.H, logit_row = padded8(c.V);
+    const bool shared = !training || recompute;
     int64 width = 0;  // the wider of the two projections
-    for (int64 i = 0; i < c.L; ++i)
+    bool any_attention = false, any_ssd = false;
+    for (int64 i = 0; i < c.L; ++i) {
         width = std::max(width, padded8(c.is_attention(i) ? c.attn_width() : c.ssd_width()));
+        (c.is_attention(i) ? any_attention : any_ssd) = true;
+    }
     a->take(&tokens, rows);
     a->take(&targets, rows);
     a->take(&order, rows);
     a->take(&start, rows + 1);
     for (int64 i = 0; i < c.L; ++i) {
         LayerActivations<A>& l = layers[size_t(i)];
-        if (!training && i > 0) {
+        if (shared && i > 0) {
             l = layers[0];
+            if (training) a->take(&l.x, rows * D);
             continue;
         }
-        const bool attention = c.is_attention(i);
+        const bool attention = shared ? any_attention : c.is_attention(i), ssd = shared ? any_ssd : !attention;
         l = {};
         a->take(&l.x, rows * D);
         a->take(&l.rstd1, rows);
         a->take(&l.u1, rows * D);
-        a->take(&l.proj, rows * (!training ? width : padded8(attention ? c.attn_width() : c.ssd_width())));
-        if (!training || !attention) {
+        a->take(&l.proj, rows * (shared ? width : padded8(attention ? c.attn_width() : c.ssd_width())));
+        if (ssd) {
             a->take(&l.dt, rows * H);
             a->take(&l.dA, rows * H);
         }
-        if (training && !attention) a->take(&l.chunk_states, batch * H * ssd_chunks(tiles, length) * c.P() * c.N);
-        if (!training || attention) a->take(&l.lse, rows * H);
+        if (training && ssd) a->take(&l.chunk_states, batch * H * ssd_chunks(tiles, length) * c.P() * c.N);
+        if (attention) a->take(&l.lse, rows * H);
         a->take(&l.y, rows * D);
         a->take(&l.x_mid, rows * D);
         a->take(&l.rstd2, rows);
@@ -2593,8 +2626,9 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
                 carve(&smaller, middle, length, training);
                 (smaller.used <= free ? fits : too_many) = middle;
             }
-            const std::string advice = fits > 0 ? format("a batch of %lld fits", (long long)fits)
-                                                : std::string("not even a batch of 1 fits: shorten --seq-len");
+            std::string advice = fits > 0 ? format("a batch of %lld fits", (long long)fits)
+                                          : std::string("not even a batch of 1 fits: shorten --seq-len");
+            if (training && !recompute) advice += "; train --recompute needs less";
             fail("GPU: %lld x %lld tokens need %s of memory, %s are free; %s", (long long)batch, (long long)length,
                  byte_text(double(plan.used)).c_str(), byte_text(double(free)).c_str(), advice.c_str());
         }
@@ -2698,16 +2732,16 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     for (int64 r0 = 0; r0 < rows; r0 += head_rows) {
         const int64 part = std::min(head_rows, rows - r0);
         linear(logits, u_final + r0 * D, head, part);
+        if (head_rows == rows) see(-1, "logits", logits, {B, T, c.V}, head.ld);
         cross_entropy(losses + r0, logits, targets + r0, part, c.V, head_rows == rows, stream);
     }
+    see(-1, "losses", losses, {B, T});
     // While the GPU works: for the embedding's gradient.
     std::vector<int32_t> host_order, host_start;
     distinct = sort_by_token(&host_order, &host_start, std::vector<int32_t>(tokens_in, tokens_in + rows), c.V);
     upload(order, host_order.data(), rows);
     upload(start, host_start.data(), distinct + 1);
-    std::vector<float> host(static_cast<size_t>(rows));
-    CHECK_CUDA(cudaMemcpyAsync(host.data(), losses, size_t(rows) * 4, cudaMemcpyDeviceToHost, stream));
-    CHECK_CUDA(cudaStreamSynchronize(stream));
+    const std::vector<float> host = on_host(losses, rows);
     has_targets = true;
     double total = 0;
     for (const float l : host) total += double(l);
@@ -2720,24 +2754,55 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
     const Config& c = config;
     const int64 rows = B * T, D = c.D;
     embedding_forward(layers[0].x, tokens, w(Param::word_embed), rows, D, stream);
+    see(-1, "embedding", layers[0].x, {B, T, D});
     residual_norm_forward<A>(nullptr, layers[0].u1, layers[0].rstd1, layers[0].x, nullptr, nullptr, w(Param::norm1, 0),
                              c.norm_eps, {}, rows, D, stream);
     for (int64 i = 0; i < c.L; ++i) {
         LayerActivations<A>& a = layers[size_t(i)];
-        mixer_forward(i, state, before);
-        linear(m, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
-        residual_norm_forward(a.x_mid, a.u2, a.rstd2, a.x, m, w(Param::res1, i), w(Param::norm2, i), c.norm_eps,
-                              dropout(i, 0), rows, D, stream);
-        linear(a.gate_up, a.u2, matrix(Param::gate_proj, i), rows);
+        see(i, "norm1", a.u1, {B, T, D});
+        layer_forward(i, state, before);
         swiglu_forward(h, a.gate_up, rows, c.F, stream);
+        see(i, "ffn.hidden", h, {B, T, c.F});
         linear(m, h, matrix(Param::down_proj, i), rows);
+        see(i, "ffn.out", m, {B, T, D});
         // and the first norm of the next layer, or the final one
         const bool end = i + 1 == c.L;
         LayerActivations<A>* next = end ? nullptr : &layers[size_t(i + 1)];
-        residual_norm_forward(end ? x_final : next->x, end ? u_final : next->u1, end ? rstd_final : next->rstd1,
-                              a.x_mid, m, w(Param::res2, i), end ? w(Param::final_norm) : w(Param::norm1, i + 1),
-                              c.norm_eps, dropout(i, 1), rows, D, stream);
+        A* x_out = end ? x_final : next->x;
+        residual_norm_forward(x_out, end ? u_final : next->u1, end ? rstd_final : next->rstd1, a.x_mid, m,
+                              w(Param::res2, i), end ? w(Param::final_norm) : w(Param::norm1, i + 1), c.norm_eps,
+                              dropout(i, 1), rows, D, stream);
+        see(i, "residual2", x_out, {B, T, D});
     }
+    see(-1, "final_norm", u_final, {B, T, D});
+}
+
+// x, u1 -> y, x_mid, u2, gate_up, h: all that the layer's backward pass reads
+template <class A>
+void Model<A>::layer_forward(int64 i, CudaState<A>* state, Position before) {
+    const Config& c = config;
+    LayerActivations<A>& a = layers[size_t(i)];
+    const int64 rows = B * T, D = c.D, F = c.F;
+    mixer_forward(i, state, before);
+    linear(m, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
+    see(i, c.is_attention(i) ? "attn.out" : "ssd.out", m, {B, T, D});
+    residual_norm_forward(a.x_mid, a.u2, a.rstd2, a.x, m, w(Param::res1, i), w(Param::norm2, i), c.norm_eps,
+                          dropout(i, 0), rows, D, stream);
+    see(i, "residual1", a.x_mid, {B, T, D});
+    see(i, "norm2", a.u2, {B, T, D});
+    linear(a.gate_up, a.u2, matrix(Param::gate_proj, i), rows);
+    see(i, "ffn.gate", a.gate_up, {B, T, F}, 2 * F);
+    see(i, "ffn.up", a.gate_up + F, {B, T, F}, 2 * F);
+}
+
+// With `recompute`: the layer's activations once more, from its input, by the same launches and so with the same bits.
+// They replace those of another layer. The forward pass leaves the last layer's.
+template <class A>
+void Model<A>::remake(int64 i) {
+    LayerActivations<A>& a = layers[size_t(i)];
+    residual_norm_forward<A>(nullptr, a.u1, a.rstd1, a.x, nullptr, nullptr, w(Param::norm1, i), config.norm_eps, {},
+                             B * T, config.D, stream);
+    layer_forward(i, nullptr, 0);
 }
 
 // One token of each sequence. Its few hundred launches are small, and starting them one by one would take longer than
@@ -2774,6 +2839,7 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     const Matrix& projection = matrix(attention ? Param::q_proj : Param::c_proj, i);
     const int64 ld = projection.ld;
     linear(a.proj, a.u1, projection, rows);
+    if (probe) see_rotated("", i, a.proj, ld);
     if (attention) {
         A *q = a.proj, *k = q + H * P, *v = k + c.Hkv * P;
         rope(q, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, before, false, stream);  // q and k are neighbours
@@ -2788,24 +2854,32 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
             v = past->v;
         }
         attention_forward(a.y, a.lse, q, k, v, n, before, stream);
+        see(i, "attn.lse", a.lse, {B, T, H});
+        see(i, "attn.y", a.y, {B, T, H, P});
         return;
     }
     A *sc = a.proj, *sb = sc + H * N, *sx = sb + H * N, *dt_raw = sx + H * P;
     rope(sc, cos_cb, sin_cb, N, B, T, 2 * H, ld, before, false, stream);  // C and B are neighbours
     ssd_dt_forward(a.dt, a.dA, dt_raw, w(Param::dt_bias, i), w(Param::A_log, i), c.ssd_decay, rows, H, ld, stream);
     const SsdShape n{B, T, H, P, N, c.Q, ld};
+    see(i, "ssd.dt", a.dt, {B, T, H});
+    see(i, "ssd.dA", a.dA, {B, T, H});
     float* S = past ? past->S : nullptr;
+    Memory final_state;  // training does not need it
+    if (probe && !past) final_state.resize(size_t(B * H * P * N) * sizeof(float), "the final state");
     if (past && T == 1) ssd_step(a.y, S, sc, sb, sx, a.dt, a.dA, n, stream);
     else
-        ssd_forward(a.y, S, past ? nullptr : a.chunk_states, segment_scratch, sc, sb, sx, a.dt, a.dA, S, n, tiles,
-                    stream);
+        ssd_forward(a.y, past ? S : final_state.at<float>(), past ? nullptr : a.chunk_states, segment_scratch, sc, sb,
+                    sx, a.dt, a.dA, S, n, tiles, stream);
+    see(i, "ssd.y", a.y, {B, T, H, P});
+    if (!past) see(i, "ssd.final_state", final_state.at<float>(), {B, H, P, N});
 }
 
 // Adds scale * d(mean loss) to the gradients: the forward's lines from the last to the first.
 template <class A>
 void Model<A>::backward(double scale) {
     const Config& c = config;
-    const int64 rows = B * T, D = c.D;
+    const int64 rows = B * T, D = c.D, F = c.F;
     if (!has_targets) fail("backward needs a forward with targets before it, each time");
     has_targets = false;  // logits now hold their gradient: a second backward would be wrong
     buffer(Buffer::gradients);
@@ -2816,29 +2890,42 @@ void Model<A>::backward(double scale) {
             linear(logits, u_final + r0 * D, head, part);
             cross_entropy(losses + r0, logits, targets + r0, part, c.V, true, stream);
         }
+        if (head_rows == rows) see_gradient(-1, "logits", logits, {B, T, c.V}, head.ld, float(scale / double(rows)));
         linear_backward(du + r0 * D, logits, u_final + r0 * D, head, part, float(scale / double(rows)));
     }
+    see_gradient(-1, "final_norm", du, {B, T, D});
     norm_residual_backward<A>(dx, g(Param::final_norm), nullptr, partial, nullptr, du, x_final, nullptr,
                               w(Param::final_norm), rstd_final, rows, D, stream);
     for (int64 i = c.L - 1; i >= 0; --i) {
         LayerActivations<A>& a = layers[size_t(i)];
+        if (recompute && i + 1 < c.L) remake(i);
+        see_gradient(i, "residual2", dx, {B, T, D});
         // x_out = res2 * x_mid + dropout(W_down swiglu(W_gate|up rmsnorm(x_mid)));  without dropout dm is dx itself
         if (dropout_on) dropout_backward(dm, dx, dropout(i, 1), rows * D, stream);
         A* d = dropout_on ? dm : dx;
+        see_gradient(i, "ffn.out", d, {B, T, D});
         const Matrix& down = matrix(Param::down_proj, i);
         linear_backward_input(h, d, down, rows);  // h's gradient, in its place
-        swiglu_backward(dgate_up, h, a.gate_up, rows, c.F, stream);
+        see_gradient(i, "ffn.hidden", h, {B, T, F});
+        swiglu_backward(dgate_up, h, a.gate_up, rows, F, stream);
         linear_backward_weight(d, h, down, rows);
+        see_gradient(i, "ffn.gate", dgate_up, {B, T, F}, 2 * F);
+        see_gradient(i, "ffn.up", dgate_up + F, {B, T, F}, 2 * F);
         linear_backward(du, dgate_up, a.u2, matrix(Param::gate_proj, i), rows);
+        see_gradient(i, "norm2", du, {B, T, D});
         norm_residual_backward(dx, g(Param::norm2, i), g(Param::res2, i), partial, dx, du, a.x_mid, w(Param::res2, i),
                                w(Param::norm2, i), a.rstd2, rows, D, stream);
+        see_gradient(i, "residual1", dx, {B, T, D});
         // x_mid = res1 * x + dropout(W_o mixer(rmsnorm(x)))
         if (dropout_on) dropout_backward(dm, dx, dropout(i, 0), rows * D, stream);
+        see_gradient(i, c.is_attention(i) ? "attn.out" : "ssd.out", d, {B, T, D});
         linear_backward(dy, d, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
         mixer_backward(i);
+        see_gradient(i, "norm1", du, {B, T, D});
         norm_residual_backward(dx, g(Param::norm1, i), g(Param::res1, i), partial, dx, du, a.x, w(Param::res1, i),
                                w(Param::norm1, i), a.rstd1, rows, D, stream);
     }
+    see_gradient(-1, "embedding", dx, {B, T, D});
     embedding_backward(g(Param::word_embed), dx, tokens, order, start, distinct, D, stream);
 }
 
@@ -2855,20 +2942,92 @@ void Model<A>::mixer_backward(int64 i) {
     if (attention) {
         const int64 k = H * P, v = k + c.Hkv * P;
         const AttentionShape n{B, T, T, H, c.Hkv, P, ld, ld, T * ld};
+        see_gradient(i, "attn.y", dy, {B, T, H, P});
         if (pad > 0) CHECK_CUDA(cudaMemsetAsync(d, 0, size_t(rows * ld) * sizeof(A), stream));
         attention_backward(d, d + k, d + v, dyy, dy, proj, proj + k, proj + v, a.y, a.lse, n, stream);
         rope(d, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, 0, true, stream);
     } else {
         const int64 b = H * N, x = 2 * H * N, dt = x + H * P;
         const SsdShape n{B, T, H, P, N, c.Q, ld};
-        ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, segment_scratch, dy, nullptr, proj, proj + b, proj + x,
-                        a.dt, a.dA, a.chunk_states, n, tiles, stream);
+        see_gradient(i, "ssd.y", dy, {B, T, H, P});
+        Memory dS_T;  // of the final state: zero, but for a probe
+        if (const float* cotangent = probe ? probe->final_state_cotangent(i) : nullptr) {
+            dS_T.resize(size_t(B * H * P * N) * sizeof(float), "a cotangent");
+            CHECK_CUDA(cudaMemcpy(dS_T.at(), cotangent, dS_T.size(), cudaMemcpyHostToDevice));
+        }
+        ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, segment_scratch, dy, dS_T.at<float>(), proj, proj + b,
+                        proj + x, a.dt, a.dA, a.chunk_states, n, tiles, stream);
         ssd_dt_backward(d + dt, g(Param::dt_bias, i), g(Param::A_log, i), partial, ddt, ddA, proj + dt,
                         w(Param::dt_bias, i), w(Param::A_log, i), a.dA, c.ssd_decay, rows, H, ld, pad, stream);
         rope(d, cos_cb, sin_cb, N, B, T, 2 * H, ld, 0, true, stream);
+        see_gradient(i, "ssd.dA", ddA, {B, T, H});
+        if (probe) see_dt_gradient(i);
     }
+    if (probe) see_rotated("grad.", i, d, ld);
     linear_backward(du, d, a.u1, projection, rows);
 }
+
+// ---- for a probe
+
+template <class A>
+template <class X>
+void Model<A>::show(const char* kind, int64 layer, const char* name, const X* tensor, const Shape& shape, int64 ld,
+                    float scale) {
+    int64 rows = 1, width = 1;
+    for (size_t i = 0; i < shape.size(); ++i) (i < 2 ? rows : width) *= shape[i];
+    std::vector<X> raw(size_t(rows * width));
+    CHECK_CUDA(cudaMemcpy2DAsync(raw.data(), size_t(width) * sizeof(X), tensor, size_t(ld ? ld : width) * sizeof(X),
+                                 size_t(width) * sizeof(X), size_t(rows), cudaMemcpyDeviceToHost, stream));
+    CHECK_CUDA(cudaStreamSynchronize(stream));
+    std::vector<float> values;
+    values.reserve(raw.size());
+    for (const X x : raw) values.push_back(scale * float(x));
+    const std::string where = layer < 0 ? "" : "layers." + std::to_string(layer) + ".";
+    probe->see(kind + where + name, values.data(), shape, width);
+}
+
+// What one product makes side by side, as it is and after RoPE: turned here on a copy, whoever turns it for the model.
+// A gradient after RoPE is that before RoPE, turned by the same angles.
+template <class A>
+void Model<A>::see_rotated(const char* kind, int64 i, const A* proj, int64 ld) {
+    const Config& c = config;
+    const int64 H = c.H, N = c.N, P = c.P();
+    Memory memory;
+    memory.resize(size_t(B * T * ld) * sizeof(A), "a copy");
+    A* turned = memory.at<A>();
+    CHECK_CUDA(cudaMemcpyAsync(turned, proj, memory.size(), cudaMemcpyDeviceToDevice, stream));
+    if (c.is_attention(i)) {
+        const int64 k = H * P, v = k + c.Hkv * P;
+        rope(turned, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, 0, false, stream);
+        show(kind, i, "attn.q_before_rope", proj, {B, T, H, P}, ld, 1);
+        show(kind, i, "attn.k_before_rope", proj + k, {B, T, c.Hkv, P}, ld, 1);
+        show(kind, i, "attn.v", proj + v, {B, T, c.Hkv, P}, ld, 1);
+        show(kind, i, "attn.q", turned, {B, T, H, P}, ld, 1);
+        show(kind, i, "attn.k", turned + k, {B, T, c.Hkv, P}, ld, 1);
+    } else {
+        const int64 b = H * N, x = 2 * H * N;
+        rope(turned, cos_cb, sin_cb, N, B, T, 2 * H, ld, 0, false, stream);
+        show(kind, i, "ssd.C_before_rope", proj, {B, T, H, N}, ld, 1);
+        show(kind, i, "ssd.B_before_rope", proj + b, {B, T, H, N}, ld, 1);
+        show(kind, i, "ssd.X", proj + x, {B, T, H, P}, ld, 1);
+        show(kind, i, "ssd.dt_raw", proj + x + H * P, {B, T, H}, ld, 1);
+        show(kind, i, "ssd.C", turned, {B, T, H, N}, ld, 1);
+        show(kind, i, "ssd.B", turned + b, {B, T, H, N}, ld, 1);
+    }
+}
+
+// All of dt's gradient: ddt, which comes through dt X, and what comes through dA = -exp(A_log) dt.
+template <class A>
+void Model<A>::see_dt_gradient(int64 i) {
+    const int64 H = config.H;
+    std::vector<float> through_x = on_host(ddt, B * T * H);
+    const std::vector<float> through_dA = on_host(ddA, B * T * H), A_log = on_host(w(Param::A_log, i), H);
+    for (size_t r = 0; config.ssd_decay && r < through_x.size(); ++r)
+        through_x[r] -= std::exp(A_log[r % size_t(H)]) * through_dA[r];
+    probe->see("grad.layers." + std::to_string(i) + ".ssd.dt", through_x.data(), {B, T, H}, H);
+}
+
+// ---- everything else
 
 template <class A>
 double Model<A>::gradient_norm() {
@@ -2931,6 +3090,7 @@ std::string Model<A>::find_non_finite() {
         const int64 rows = B * T, D = config.D;
         for (size_t i = 0; i < layers.size(); ++i) {
             const LayerActivations<A>& a = layers[i];
+            if (recompute) remake(int64(i));  // to be looked at: only inputs were kept
             const bool attention = config.is_attention(int64(i));
             const Matrix& projection = matrix(attention ? Param::q_proj : Param::c_proj, int64(i));
             const std::string at = format("activation layers.%zu ", i);
@@ -2972,7 +3132,7 @@ static double data_sheet_peak(const std::string& name) {
 template <class A>
 class CudaEngine : public Engine {
   public:
-    explicit CudaEngine(const Config& c) : Engine(c), model(c) {}
+    CudaEngine(const Config& c, bool recompute) : Engine(c), model(c, recompute) {}
     std::string device() const override {
         int index = 0;
         cudaDeviceProp p;
@@ -2986,9 +3146,9 @@ class CudaEngine : public Engine {
                      kept = double(model.bytes_for(B, T));
         size_t free = 0, total = 0;
         CHECK_CUDA(cudaMemGetInfo(&free, &total));
-        return format("%s for %lld x %lld tokens (weights, gradients and moments %s, activations %s), the GPU has %s",
+        return format("%s for %lld x %lld tokens (weights, gradients and moments %s, activations %s%s), the GPU has %s",
                       byte_text(fixed + kept).c_str(), (long long)B, (long long)T, byte_text(fixed).c_str(),
-                      byte_text(kept).c_str(), byte_text(double(total)).c_str());
+                      byte_text(kept).c_str(), model.recompute ? ", recomputed" : "", byte_text(double(total)).c_str());
     }
     void write(Buffer which, const float* host) override {
         CHECK_CUDA(cudaMemcpyAsync(model.buffer(which), host, bytes(), cudaMemcpyHostToDevice, model.stream));
@@ -3025,6 +3185,9 @@ class CudaEngine : public Engine {
     }
     // Through the reference's state on the host, so that there is one file format.
     void save_state(const State& state, const std::string& path) const override {
+        ref::save_state(config, host_state(state), path);
+    }
+    ref::ModelState<float> host_state(const State& state) const {
         const auto& s = static_cast<const CudaState<A>&>(state);
         ref::ModelState<float> host(config, s.B, s.position);
         host.position = s.position;
@@ -3039,7 +3202,7 @@ class CudaEngine : public Engine {
                         read_back(part.first + b * s.position * row, part.second + b * s.capacity * row,
                                   s.position * row);
         }
-        ref::save_state(config, host, path);
+        return host;
     }
     std::unique_ptr<State> load_state(const std::string& path, int64 capacity) const override {
         const auto host = ref::load_state(config, path, capacity);
@@ -3056,6 +3219,7 @@ class CudaEngine : public Engine {
         }
         return s;
     }
+    void watch(ref::Probe<float>* probe) { model.probe = probe; }
 
   private:
     mutable Model<A> model;  // copying to the host needs the stream
@@ -3387,11 +3551,11 @@ std::string problem() {
 
 }  // namespace cuda
 
-std::unique_ptr<Engine> make_cuda_engine(const Config& c, Precision precision) {
+std::unique_ptr<Engine> make_cuda_engine(const Config& c, Precision precision, bool recompute) {
     const std::string problem = cuda::problem();
-    if (!problem.empty()) fail("--device cuda: %s", problem.c_str());
-    if (precision == Precision::fp32) return std::make_unique<cuda::CudaEngine<float>>(c);
-    return std::make_unique<cuda::CudaEngine<cuda::bf16>>(c);
+    if (!problem.empty()) fail("GPU: %s", problem.c_str());
+    if (precision == Precision::fp32) return std::make_unique<cuda::CudaEngine<float>>(c, recompute);
+    return std::make_unique<cuda::CudaEngine<cuda::bf16>>(c, recompute);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3443,6 +3607,7 @@ static void print_profile(const std::function<void()>& step) {
 int bench_command(int argc, char** argv) {
     std::string name = "5m", precision = "bf16";
     int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64;
+    bool recompute = false;
     Options o(
         "transxssm",
         "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
@@ -3451,6 +3616,7 @@ int bench_command(int argc, char** argv) {
     o.add("precision", &precision, "bf16 or fp32");
     o.add("batch", &B, "sequences of a train step", 1, 1 << 20);
     o.add("seq-len", &length, "tokens of a sequence; 0: the preset's", 0, 1 << 24);
+    o.add("recompute", &recompute, "less memory for more work");
     o.add("repeats", &repeats, "timed steps", 1, 1000);
     o.add("prompt", &prompt, "tokens before decoding", 1, 1 << 24);
     o.add("tokens", &decode_tokens, "tokens to decode; 0: do not", 0, 1 << 24);
@@ -3460,7 +3626,7 @@ int bench_command(int argc, char** argv) {
         usage_error("--precision: '%s' is not bf16 or fp32", precision.c_str());
     Config c = preset(name);
     if (length == 0) length = c.T;
-    const auto engine = make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16);
+    const auto engine = make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16, recompute);
     engine->write(Buffer::weights, initial_weights(c, 1).data());
     printf("model       %s, %s parameters, %s\n", name.c_str(), with_commas(engine->table.count).c_str(),
            engine->device().c_str());
@@ -3525,7 +3691,213 @@ int bench_command(int argc, char** argv) {
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 16  main
+// 16  A candidate for the oracle: what the kernels make, beside the numbers of ref_cpu.cpp                docs/oracle.md
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights, tokens and the model's shape come from an oracle file; every tensor that the engine has goes into another one
+// under the same name, for `ref_cpu compare`. The engine has no cs and no states at the reference's chunks: its kernels
+// choose their own chunks and keep such numbers on chip.
+
+namespace cuda {
+
+// Notes what the model shows.
+struct Candidate : ref::Probe<float> {
+    struct Tensor {
+        Shape shape;
+        std::vector<float> values;
+    };
+    std::vector<std::pair<std::string, Tensor>> tensors;
+    std::vector<std::pair<std::string, int64>> counts;
+    std::map<int64, std::vector<float>> cotangents;  // by layer
+    bool everything = true;                          // false: of the activations only logits and losses
+
+    void note(const std::string& name, const std::vector<float>& values, const Shape& shape) {
+        tensors.push_back({name, {shape, values}});
+    }
+    void see(const std::string& name, float* data, const Shape& shape, int64) override {  // rows without gaps
+        if (everything || name == "logits" || name == "losses") note(name, {data, data + element_count(shape)}, shape);
+    }
+    const float* final_state_cotangent(int64 layer) const override {
+        const auto found = cotangents.find(layer);
+        return found == cotangents.end() ? nullptr : found->second.data();
+    }
+    const Tensor& at(const std::string& name) const {
+        for (const auto& t : tensors)
+            if (t.first == name) return t.second;
+        fail("the engine has no tensor '%s'", name.c_str());
+    }
+};
+
+static const std::string& metadata_of(const SafeTensors& file, const char* key) {
+    const auto found = file.metadata.find(key);
+    if (found == file.metadata.end())
+        fail("%s: header: __metadata__.%s is missing: not an oracle file", file.path.c_str(), key);
+    return found->second;
+}
+static const SafeTensors::Entry& entry(const SafeTensors& file, const std::string& name, const Shape& shape) {
+    const SafeTensors::Entry* e = file.find(name);
+    if (!e) fail("%s: tensor '%s' is missing", file.path.c_str(), name.c_str());
+    if (!shape.empty() && e->shape != shape)
+        fail("%s: tensor '%s' has shape %s, expected %s", file.path.c_str(), name.c_str(), to_text(e->shape).c_str(),
+             to_text(shape).c_str());
+    return *e;
+}
+
+// As the reference's run_decode: S tokens at once, then one by one.
+template <class A>
+static void decode_candidate(CudaEngine<A>& engine, Candidate* out, const std::vector<int32_t>& tokens, int64 B,
+                             int64 T) {
+    const Config& c = engine.config;
+    for (const int64 split : std::set<int64>{1, c.Q - 1, c.Q, c.Q + 1}) {
+        if (split < 1 || split >= T) continue;
+        const int64 end = std::min(split + 4, T);
+        const auto state = engine.new_state(B, end);
+        while (state->position < end) {
+            const int64 from = state->position, n = from == 0 ? split : 1;
+            std::vector<int32_t> next;
+            for (int64 b = 0; b < B; ++b)
+                next.insert(next.end(), tokens.begin() + b * T + from, tokens.begin() + b * T + from + n);
+            std::vector<float> logits(size_t(B * c.V));
+            engine.step(*state, next.data(), n, logits.data(), false);
+            const std::string at = format("decode.split_%lld.after_%lld.", (long long)split, (long long)(from + n));
+            out->counts.emplace_back(at + "position", state->position);
+            const ref::ModelState<float> host = engine.host_state(*state);
+            for (int64 i = 0; i < c.L; ++i) {
+                const auto& layer = host.layers[size_t(i)];
+                const std::string name = at + format("layers.%lld.", (long long)i);
+                const Shape cache = {B, state->position, c.Hkv, c.P()};
+                if (c.is_attention(i)) out->note(name + "k", layer.k, cache);
+                if (c.is_attention(i)) out->note(name + "v", layer.v, cache);
+                if (!c.is_attention(i)) out->note(name + "ssm_state", layer.S, {B, c.H, c.P(), c.N});
+            }
+            out->note(at + "logits", logits, {B, c.V});
+        }
+    }
+}
+
+// As the reference's run_adamw: steps on the same tokens, without the final states in the objective.
+static void adamw_candidate(Engine& engine, Candidate* out, const std::vector<int32_t>& tokens,
+                            const std::vector<int32_t>& targets, int64 B, int64 T, const SafeTensors& oracle) {
+    const std::string at = oracle.path + ": __metadata__.adamw";
+    const Json settings = Json::parse(metadata_of(oracle, "adamw"), at);
+    const auto number = [&](const char* key) {
+        const Json* j = settings.find(key);
+        if (!j || j->type != Json::Number) fail("%s: %s is missing or not a number", at.c_str(), key);
+        return j->number;
+    };
+    const AdamW rule{number("beta1"), number("beta2"), number("eps"), number("weight_decay")};
+    const int64 steps = int64(number("steps"));
+    if (steps == 0) return;
+    std::vector<float> losses, norms, w(size_t(engine.table.count));
+    std::vector<std::vector<float>> param_norms(engine.table.specs.size());
+    for (int64 step = 1; step <= steps; ++step) {
+        engine.zero_gradients();
+        losses.push_back(float(engine.forward(tokens.data(), targets.data(), B, T)));
+        engine.backward(1);
+        const double norm = engine.gradient_norm(), clip = number("clip");
+        norms.push_back(float(norm));
+        engine.update(rule, number("lr"), step, clip > 0 && norm > clip ? clip / norm : 1);
+        engine.read(Buffer::weights, w.data());
+        for (size_t k = 0; k < param_norms.size(); ++k) {
+            const ParamSpec& s = engine.table.specs[k];
+            double squares = 0;
+            for (int64 i = s.offset; i < s.offset + s.count; ++i)
+                squares += double(w[size_t(i)]) * double(w[size_t(i)]);
+            param_norms[k].push_back(float(std::sqrt(squares)));
+        }
+    }
+    out->note("adamw.loss", losses, {steps});
+    out->note("adamw.grad_norm", norms, {steps});
+    for (size_t k = 0; k < param_norms.size(); ++k)
+        out->note("adamw.param_norm." + engine.table.specs[k].name, param_norms[k], {steps});
+}
+
+template <class A>
+static void compute_candidate(const SafeTensors& oracle, Candidate* out) {
+    const Config c = Config::from_json(
+        Json::parse(metadata_of(oracle, "config"), oracle.path + ": __metadata__.config"), oracle.path + ": config");
+    const Shape shape = entry(oracle, "tokens", {}).shape;
+    if (shape.size() != 2)
+        fail("%s: tensor 'tokens' has shape %s, expected (B,T)", oracle.path.c_str(), to_text(shape).c_str());
+    const int64 B = shape[0], T = shape[1];
+    const auto ids = [&](const char* name) {
+        std::vector<double> wide(size_t(B * T));
+        oracle.read_integers(entry(oracle, name, shape), wide.data());
+        return std::vector<int32_t>(wide.begin(), wide.end());
+    };
+    const std::vector<int32_t> tokens = ids("tokens"), targets = ids("targets");
+    CudaEngine<A> engine(c, false);
+    std::vector<float> w(size_t(engine.table.count));
+    for (const ParamSpec& s : engine.table.specs) oracle.read(entry(oracle, s.name, s.shape), &w[size_t(s.offset)]);
+    engine.write(Buffer::weights, w.data());
+    out->everything = oracle.find("embedding") != nullptr;
+    for (int64 i = 0; i < c.L; ++i) {
+        const std::string name = format("cotangent.layers.%lld.ssd.final_state", (long long)i);
+        if (!oracle.find(name)) continue;
+        out->cotangents[i].resize(size_t(B * c.H * c.P() * c.N));
+        oracle.read(entry(oracle, name, {B, c.H, c.P(), c.N}), out->cotangents[i].data());
+    }
+
+    engine.watch(out);
+    const double loss = engine.forward(tokens.data(), targets.data(), B, T, nullptr);
+    double objective = loss;
+    for (const auto& g : out->cotangents) {
+        const auto& final_state = out->at(format("layers.%lld.ssd.final_state", (long long)g.first)).values;
+        for (size_t k = 0; k < g.second.size(); ++k) objective += double(g.second[k]) * double(final_state[k]);
+    }
+    out->note("loss", {float(loss)}, {});
+    out->note("objective", {float(objective)}, {});
+    engine.zero_gradients();
+    engine.backward(1);
+    engine.watch(nullptr);
+    std::vector<float> g(size_t(engine.table.count));
+    engine.read(Buffer::gradients, g.data());
+    for (const ParamSpec& s : engine.table.specs)
+        out->note("grad." + s.name, {g.begin() + s.offset, g.begin() + s.offset + s.count}, s.shape);
+    bool decode = false;
+    for (const SafeTensors::Entry& e : oracle.entries) decode = decode || e.name.compare(0, 7, "decode.") == 0;
+    if (decode) decode_candidate(engine, out, tokens, B, T);
+    adamw_candidate(engine, out, tokens, targets, B, T, oracle);
+}
+
+int candidate_command(int argc, char** argv) {
+    std::string to, precision = "bf16";
+    std::vector<std::string> files;
+    Options o("transxssm",
+              "usage: transxssm candidate ORACLE.safetensors --out FILE.safetensors [--precision fp32]\n\n"
+              "Computes on the GPU what `ref_cpu oracle` wrote, from the same weights and tokens; for\n"
+              "    ref_cpu compare ORACLE.safetensors FILE.safetensors --dtype bf16 --partial");
+    o.add("out", &to, "FILE.safetensors");
+    o.add("precision", &precision, "bf16 or fp32");
+    if (!o.parse(argc, argv, 1, &files)) return 0;
+    if (files.size() != 1) usage_error("candidate: expected one oracle file, found %zu", files.size());
+    if (to.empty()) usage_error("candidate: --out is missing");
+    if (precision != "bf16" && precision != "fp32")
+        usage_error("--precision: '%s' is not bf16 or fp32", precision.c_str());
+    if (same_file(files[0], to)) usage_error("--out: %s is read from: give another name", to.c_str());
+    const SafeTensors oracle(files[0]);
+    if (metadata_of(oracle, "kind") != "model")
+        fail("%s: is of the op %s, expected a model", files[0].c_str(), metadata_of(oracle, "kind").c_str());
+    const std::string why_not = problem();
+    if (!why_not.empty()) fail("GPU: %s", why_not.c_str());
+
+    Candidate out;
+    if (precision == "fp32") compute_candidate<float>(oracle, &out);
+    else compute_candidate<bf16>(oracle, &out);
+    std::vector<std::pair<std::string, std::string>> metadata;
+    for (const auto& m : oracle.metadata)
+        if (m.first != "noise") metadata.emplace_back(m.first, m.first == "precision" ? precision : m.second);
+    std::vector<TensorView> views;
+    for (const auto& t : out.tensors) views.push_back({t.first, DType::F32, t.second.shape, t.second.values.data()});
+    for (const auto& n : out.counts) views.push_back({n.first, DType::I64, {}, &n.second});
+    write_safetensors(to, views, metadata);
+    printf("%s: %s, %zu tensors\n", to.c_str(), precision.c_str(), views.size());
+    return 0;
+}
+
+}  // namespace cuda
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 17  main
 // ---------------------------------------------------------------------------------------------------------------------
 
 #else
@@ -3533,16 +3905,21 @@ int main(int argc, char** argv) {
     return run_main("transxssm", [&] {
         const std::string command = argc > 1 ? argv[1] : "--help";
         if (command == "bench") return cuda::bench_command(argc - 1, argv + 1);
+        if (command == "candidate") return cuda::candidate_command(argc - 1, argv + 1);
         if (command == "--help" || command == "-h") {
             printf(
                 "transxssm: TransXSSM on an NVIDIA GPU.\n\n%s"
-                "    bench                 time training, evaluation and decoding on this GPU\n\n"
+                "    bench                 time training, evaluation and decoding on this GPU\n"
+                "    candidate ORACLE      every number of a pass on this GPU, for ref_cpu compare\n\n"
                 "transxssm COMMAND --help lists a command's options.\n",
                 model_command_help());
             return 0;
         }
-        return model_command("transxssm", argc - 1, argv + 1,
-                             [](const Config& c) { return make_cuda_engine(c, Precision::bf16); }, {"bench"});
+        return model_command("transxssm", argc - 1, argv + 1, {"bf16", "fp32"},
+                             [](const Config& c, const std::string& precision) {
+                                 return make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16);
+                             },
+                             {"bench", "candidate"});
     });
 }
 #endif

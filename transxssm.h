@@ -203,10 +203,12 @@ std::unique_ptr<Engine> make_cpu_engine(const Config&);
 // On the GPU (transxssm.cu): activations and matrix products in bf16 with fp32 sums, or everything in fp32. Throws if
 // there is no GPU that it can use. Only in builds with CUDA (WITH_CUDA).
 enum class Precision { fp32, bf16 };
-std::unique_ptr<Engine> make_cuda_engine(const Config&, Precision);
+// recompute: keep only each layer's input for the backward pass and make its other activations again there.
+std::unique_ptr<Engine> make_cuda_engine(const Config&, Precision, bool recompute = false);
 namespace cuda {
-std::string problem();                     // "" if there is a GPU that can be used, else why not
-int bench_command(int argc, char** argv);  // transxssm bench
+std::string problem();                         // "" if there is a GPU that can be used, else why not
+int bench_command(int argc, char** argv);      // transxssm bench
+int candidate_command(int argc, char** argv);  // transxssm candidate
 }  // namespace cuda
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +279,10 @@ std::string describe(const Config&, int64 B, int64 T);
 double flops_per_token(const Config&, int64 T);
 
 // The commands `sample`, `eval`, `info`, `export` and `import` of ref_cpu and transxssm, on any engine. argv[0] is the command.
-using EngineFactory = std::function<std::unique_ptr<Engine>(const Config&)>;
-int model_command(const std::string& program, int argc, char** argv, const EngineFactory&,
+// The first of `precisions` is the engine's default.
+using EngineFactory = std::function<std::unique_ptr<Engine>(const Config&, const std::string& precision)>;
+int model_command(const std::string& program, int argc, char** argv, const std::vector<std::string>& precisions,
+                  const EngineFactory&,
                   const std::vector<std::string>& other_commands = {});  // the program's own, for "did you mean"
 const char* model_command_help();
 

@@ -809,7 +809,7 @@ TEST_CASE("train: data, devices and files that cannot be used are one line that 
     CHECK_EQ(failure({"--data", tmp / "text", "--out", tmp / "text/run"}, {tmp / "text", "directory"}), "");
     if (!have_gpu()) CHECK_EQ(failure({"--data", tmp / "text", "--device", "cuda"}, {"cuda"}), "");
     CHECK_EQ(failure({"--data", tmp / "text", "--device", "cpu", "--precision", "bf16"}, {"bf16"}), "");
-    CHECK_EQ(failure({"--data", tmp / "text", "--recompute"}, {"--recompute"}), "");
+    CHECK_EQ(failure({"--data", tmp / "text", "--device", "cpu", "--recompute"}, {"--recompute"}), "");
     CHECK_EQ(list_directory(tmp.path), Args{"empty", "short", "text"});
 }
 
