@@ -1647,9 +1647,10 @@ static constexpr int64 kNormMaxD = 8192;
 static constexpr int64 kNormBlocks = 264;  // of a backward: two for each of 132 multiprocessors, whatever the GPU
 
 struct RowCut {
-    int W, K, warps;                            // W K 32 warps >= D
-};                                              // for D up to kNormMaxD
-static RowCut row_cut(int64 D, bool vectors) {  // vectors: every row and weight begins at a multiple of 4 numbers
+    int W, K, warps;  // W K 32 warps >= D
+};
+// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers.
+static RowCut row_cut(int64 D, bool vectors) {
     RowCut cut{vectors ? 4 : 1, 0, 1};
     const int few = vectors ? 6 : 8, many = vectors ? 8 : 32;
     const auto needed = [&] { return int(ceil_div(D, cut.W * 32 * cut.warps)); };
@@ -1657,8 +1658,8 @@ static RowCut row_cut(int64 D, bool vectors) {  // vectors: every row and weight
     cut.K = needed() > few ? many : vectors ? needed() + needed() % 2 : few;
     return cut;
 }
-// A pack as it came from memory, in whole registers, until it is needed. Those that lie beyond the row are read from
-// its beginning instead, so that no load has to wait for a condition, and count as zero.
+// A pack as it came from memory, in whole registers, until it is needed. One that lies beyond the row counts as zero,
+// and is read from the row's beginning: a load under a condition would make the next ones wait for its result.
 template <class A, int W>
 struct RawPack {
     static constexpr int kBytes = W * int(sizeof(A));
@@ -1826,9 +1827,8 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
 
 // dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)       dout null: no residual, its term is absent
 // dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x
-// dx and dout may be the same memory. A thread adds up its columns of all the rows it meets in
-// registers, and at the end the block's rows are joined in shared memory, (2,D): partial (blocks, 2D) holds the sums
-// for dw_norm | dw_res.
+// dx and dout may be the same memory. A thread adds up its columns of all rows that it meets in registers; at the end
+// the block's sums are joined in shared memory, (2,D). partial (blocks, 2D): sums for dw_norm | dw_res.
 template <class A, int W, int K>
 __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* int(sizeof(A)) / 4)) <= 90 ? 2 : 1)
     norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x, const float* w_res,
@@ -1840,8 +1840,7 @@ __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* in
     const int64 groups = kNormWarps / warps;
     float sum_norm[K][W] = {}, sum_res[K][W] = {};
     int turn = 0;
-    for (int64 i = blockIdx.x * groups + group; i < rows; i += gridDim.x * groups, turn ^= 1) {
-        const int64 r = rows - 1 - i;
+    for (int64 r = rows - 1 - (blockIdx.x * groups + group); r >= 0; r -= gridDim.x * groups, turn ^= 1) {
         RawPack<A, W> xv[K], duv[K], doutv[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
