@@ -3216,8 +3216,8 @@ std::string xml_escaped(const std::string& s) {
 const double plot_width = 960, plot_height = 480;
 
 std::string plot_svg(Plot plot) {
-    static const char* const colors[] = {"#1f6fb4", "#d1495b", "#2a9d5c", "#e9a03b", "#7b5ea7",
-                                         "#4bb3c9", "#8c6d46", "#d67fb4", "#7f8c8d", "#a3b84c"};
+    static const char* const colors[] = {"#1f6fb4", "#d1495b", "#2a9d5c", "#e9a03b", "#7b5ea7", "#4bb3c9", "#8c6d46",
+                                         "#d67fb4", "#7f8c8d", "#a3b84c", "#9ecae9", "#f2a1ab", "#93d4ae", "#c3b1e1"};
     const double left = 90, right = 250, top = 48, bottom = 60;
     const double width = plot_width - left - right, height = plot_height - top - bottom;
     const bool bars = !plot.bars.empty();
@@ -3227,7 +3227,7 @@ std::string plot_svg(Plot plot) {
     std::vector<std::vector<double>> lower(plot.curves.size());
     for (size_t i = 0; i < plot.curves.size(); ++i) {
         Plot::Curve& c = plot.curves[i];
-        if (c.color.empty()) c.color = colors[i % 10];
+        if (c.color.empty()) c.color = colors[i % (sizeof colors / sizeof *colors)];
         std::vector<std::pair<double, double>> finite;
         for (const auto& p : c.points)
             if (std::isfinite(p.first) && std::isfinite(p.second) && !(plot.log_x && p.first <= 0)) finite.push_back(p);
@@ -3434,10 +3434,20 @@ std::string bench_svg(const std::vector<BenchRow>& rows) {
                                                       {"prefill", "Prefill"},
                                                       {"ssd", "SSD"},
                                                       {"attention", "Attention"}};
-    std::map<std::string, double> bars;  // and their heights
+    Plot step("One training step", "", "ms");
+    std::vector<double> total;  // of each bar
+    const auto name_of = [](const BenchRow& r) { return (r.engine == "transxssm" ? "" : r.engine + ": ") + r.model; };
+    const auto bar_of = [&](const std::string& who) {
+        const size_t i = size_t(std::find(step.bars.begin(), step.bars.end(), who) - step.bars.begin());
+        if (i == step.bars.size()) {
+            step.bars.push_back(who);
+            total.push_back(0);
+        }
+        return i;
+    };
     for (const BenchRow& r : rows) {
         if (!(r.ms > 0)) continue;
-        const std::string who = (r.engine == "transxssm" ? "" : r.engine + ": ") + r.model;
+        const std::string who = name_of(r);
         if (r.kind == "train" || r.kind == "prefill")
             point(title.count(r.what) ? title.at(r.what) : r.what, "tokens of a sequence", "tokens/s", who, double(r.T),
                   r.tokens_per_s());
@@ -3446,31 +3456,27 @@ std::string bench_svg(const std::vector<BenchRow>& rows) {
         if (r.kind == "decode")
             point(format("Decoding %lld sequence%s", (long long)r.B, r.B == 1 ? "" : "s"), "tokens before",
                   "ms per token", who, double(r.T), r.ms);
-        if (r.kind == "launches") bars[who] += r.ms;
+        if (r.kind == "launches") total[bar_of(who)] += r.ms;
     }
-    if (bars.empty()) return plots_svg(plots);
+    if (step.bars.empty()) return plots_svg(plots);
     // A kind of launch that is nowhere 2% of its step is one of the others, which are on top.
-    Plot p("One training step", "", "ms");
     std::map<std::string, size_t> part;
     Plot::Curve others;
     others.label = "others";
     others.color = "#cccccc";
-    for (const auto& b : bars) p.bars.push_back(b.first);
     for (const int pass : {0, 1})
         for (const BenchRow& r : rows) {
-            if (r.kind != "launches") continue;
-            const std::string who = (r.engine == "transxssm" ? "" : r.engine + ": ") + r.model;
-            const bool large = r.ms > 0.02 * bars[who];
-            if (pass == 0 && large && part.emplace(r.what, p.curves.size()).second) {
-                p.curves.emplace_back();
-                p.curves.back().label = r.what;
+            if (r.kind != "launches" || !(r.ms > 0)) continue;
+            const size_t bar = bar_of(name_of(r));
+            if (pass == 0 && r.ms > 0.02 * total[bar] && part.emplace(r.what, step.curves.size()).second) {
+                step.curves.emplace_back();
+                step.curves.back().label = r.what;
             }
-            if (pass == 0) continue;
-            const double x = double(std::find(p.bars.begin(), p.bars.end(), who) - p.bars.begin());
-            (part.count(r.what) ? p.curves[part[r.what]] : others).points.emplace_back(x, r.ms);
+            if (pass == 1)
+                (part.count(r.what) ? step.curves[part[r.what]] : others).points.emplace_back(double(bar), r.ms);
         }
-    p.curves.push_back(others);
-    plots.push_back(p);
+    if (!others.points.empty()) step.curves.push_back(others);
+    plots.push_back(step);
     return plots_svg(plots);
 }
 

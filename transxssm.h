@@ -279,15 +279,14 @@ struct Plot {
     struct Curve {
         std::string label;                              // "": not in the legend
         std::vector<std::pair<double, double>> points;  // (x,y)
-        std::string color;                              // "": the next of ten
+        std::string color;                              // "": the next of fourteen
         double width = 2;                               // 0: no line
         bool dots = true;
     };
     std::string title, x_label, y_label;
     std::vector<Curve> curves;
-    std::vector<std::string> bars;                                // names of bars 0, 1, ...: then x counts bars, and
-                                                                  //   the curves are the parts, stacked in their order
-    bool log_x = false;                                           // powers of 2
+    std::vector<std::string> bars;  // names: x = 0, 1, ... counts them, and the curves are their parts, stacked
+    bool log_x = false;             // powers of 2
     double x_low = NAN, x_high = NAN, y_low = NAN, y_high = NAN;  // of the axes; NaN: what the points need
     Plot() = default;
     Plot(const std::string& t, const std::string& x, const std::string& y) : title(t), x_label(x), y_label(y) {}
@@ -296,8 +295,8 @@ std::string plots_svg(const std::vector<Plot>&);  // one below the other
 
 // A figure of `transxssm bench`: the median time of something, and what was done in that time.
 struct BenchRow {
-    std::string kind, engine = "transxssm", model,
-                      what;                     // the case ("train"); "320m hybrid", ...; "step", "forward", ...
+    std::string kind, model, what;              // the case ("train"); "320m hybrid", ...; "step", "forward", ...
+    std::string engine = "transxssm";           // who did it
     int64 B = 0, T = 0;                         // sequences and their tokens (decode: those before the timed one)
     int64 runs = 0;                             // how many were timed
     double ms = NAN, ms_25 = NAN, ms_75 = NAN;  // their median and quarter points
