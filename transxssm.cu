@@ -3564,7 +3564,7 @@ void Bench::attention() {
                     const int64 rows_ = r->B * T, k = H * P, v = k + Hkv * P;
                     const AttentionShape n{r->B, T, T, H, Hkv, P, ld, ld, T * ld};
                     Random<A> p(rows_ * ld), d(rows_ * ld), y(rows_ * H * P), dy(rows_ * H * P);
-                    Random<float> lse(rows_ * H), dyy(rows_ * H);
+                    Random<float> lse(rows_ * H), dyy(2 * rows_ * H);
                     const auto forward = [&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); };
                     const auto backward = [&] {
                         attention_backward<A>(d, d + k, d + v, dyy, dy, p, p + k, p + v, y, lse, n, nullptr);
