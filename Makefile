@@ -86,7 +86,7 @@ endif
 # Programs
 # ---------------------------------------------------------------------------------------------------------------------
 
-.PHONY: all run test sanitize mutations oracles bench format clean help doctest FORCE
+.PHONY: all run test sanitize mutations oracles bench benchmarks format clean help doctest FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -177,6 +177,13 @@ run: all
 bench: all
 	@$(BIN)/ref_cpu bench
 
+# Every case of docs/benchmarks.md on this GPU, as figures and plots in build/benchmarks.
+benchmarks: $(if $(NVCC),$(BIN)/transxssm)
+	@[ -n "$(NVCC)" ] || { echo "benchmarks: needs a CUDA compiler"; exit 1; }
+	@mkdir -p $(BUILD)/benchmarks
+	@for c in train prefill decode ssd attention gemm; do \
+	    $(BIN)/transxssm bench $$c --csv $(BUILD)/benchmarks/$$c.csv --svg $(BUILD)/benchmarks/$$c.svg || exit 1; done
+
 format:
 	clang-format -i $(wildcard *.h *.cpp *.cu test/*.h test/*.cpp)
 
@@ -191,6 +198,7 @@ help:
 	@echo 'make mutations  plants mistakes in the reference and checks that the tests and compare notice'
 	@echo 'make oracles    write the canonical oracle files into build/oracles'
 	@echo 'make bench      ./ref_cpu bench'
+	@echo 'make benchmarks ./transxssm bench, case by case, into build/benchmarks'
 	@echo 'make format     clang-format every source'
 	@echo 'make clean      remove what was built'
 	@echo

@@ -3189,6 +3189,298 @@ std::string describe(const Config& c, int64 B, int64 T) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Plots
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// 1, 2 or 5 times a power of ten, so that about `count` of them make up `range`.
+double nice_interval(double range, int count) {
+    const double rough = range / count, power = std::pow(10.0, std::floor(std::log10(rough)));
+    for (const double m : {1.0, 2.0, 5.0})
+        if (rough <= m * power * (1 + 1e-9)) return m * power;
+    return 10 * power;
+}
+
+std::string xml_escaped(const std::string& s) {
+    std::string out, pending;
+    for (const char c : utf8_stream(&pending, s, true)) {
+        if (c == '&') out += "&amp;";
+        else if (c == '<') out += "&lt;";
+        else if (c == '>') out += "&gt;";
+        else out += uint8_t(c) < 0x20 ? ' ' : c;
+    }
+    return out;
+}
+
+const double plot_width = 980, plot_height = 480;
+
+std::string plot_svg(Plot plot) {
+    static const char* const colors[] = {"#1f6fb4", "#d1495b", "#2a9d5c", "#e9a03b", "#7b5ea7", "#4bb3c9", "#8c6d46",
+                                         "#d67fb4", "#7f8c8d", "#a3b84c", "#9ecae9", "#f2a1ab", "#93d4ae", "#c3b1e1"};
+    const double left = 110, right = 250, top = 48, bottom = 60;
+    const double width = plot_width - left - right, height = plot_height - top - bottom;
+    const bool bars = !plot.bars.empty();
+
+    // Parts of bars are put on top of those before them: y becomes their upper end, and what was there their lower end.
+    std::vector<double> reached(plot.bars.size(), 0.0);
+    std::vector<std::vector<double>> lower(plot.curves.size());
+    for (size_t i = 0; i < plot.curves.size(); ++i) {
+        Plot::Curve& c = plot.curves[i];
+        if (c.color.empty()) c.color = colors[i % (sizeof colors / sizeof *colors)];
+        std::vector<std::pair<double, double>> finite;
+        for (const auto& p : c.points)
+            if (std::isfinite(p.first) && std::isfinite(p.second) && !(plot.log_x && p.first <= 0)) finite.push_back(p);
+        for (auto& p : finite)
+            if (bars) {
+                double& end = reached.at(size_t(p.first));
+                lower[i].push_back(end);
+                p.second = end += p.second;
+            }
+        c.points = finite;
+    }
+
+    // The axes hold every point unless the caller chose their ends.
+    double x_low = HUGE_VAL, x_high = -HUGE_VAL, y_low = HUGE_VAL, y_high = -HUGE_VAL;
+    for (const Plot::Curve& c : plot.curves)
+        for (const auto& p : c.points) {
+            x_low = std::min(x_low, p.first);
+            x_high = std::max(x_high, p.first);
+            y_low = std::min(y_low, p.second);
+            y_high = std::max(y_high, p.second);
+        }
+    if (!(x_low <= x_high)) x_low = 1, x_high = 2, y_low = 0, y_high = 1;  // no point at all
+    if (bars) x_low = -0.5, x_high = double(plot.bars.size()) - 0.5, y_low = 0;
+    if (std::isfinite(plot.x_low)) x_low = plot.x_low;
+    if (std::isfinite(plot.x_high)) x_high = plot.x_high;
+    if (x_low == x_high) x_low /= plot.log_x ? 2 : 1, x_high = plot.log_x ? 2 * x_high : x_high + 1;
+    if (std::isfinite(plot.y_high)) y_high = plot.y_high;
+    if (std::isfinite(plot.y_low)) y_low = plot.y_low;
+    y_high = std::max(y_low, y_high);
+    const double margin = std::max(0.04 * (y_high - y_low), 1e-4 * std::max(1.0, std::fabs(y_low)));
+    if (!bars && !std::isfinite(plot.y_low)) y_low = y_low >= 0 ? std::max(0.0, y_low - margin) : y_low - margin;
+    y_high += margin;
+    const double y_tick = nice_interval(y_high - y_low, 6);
+    const auto scale = [&](double x) { return plot.log_x ? std::log2(x) : x; };
+    const auto px = [&](double x) {
+        const double share = (scale(x) - scale(x_low)) / (scale(x_high) - scale(x_low));
+        return left + width * std::min(1.0, std::max(0.0, share));
+    };
+    const auto py = [&](double y) {
+        return top + height * (y_high - std::min(y_high, std::max(y_low, y))) / (y_high - y_low);
+    };
+
+    std::string s = format("<text x=\"%.0f\" y=\"28\" font-size=\"16\" font-weight=\"bold\">%s</text>\n", left,
+                           xml_escaped(plot.title).c_str());
+
+    // grid, ticks and labels
+    const int decimals = std::min(9, std::max(0, int(std::ceil(-std::log10(y_tick) - 1e-9))));
+    for (double k = std::ceil(y_low / y_tick); k * y_tick <= y_high; ++k) {
+        const double v = k * y_tick, y = py(v);
+        s += format("<path d=\"M%.1f %.1fH%.1f\" stroke=\"#e4e4e4\"/>", left, y, left + width);
+        s += format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%s</text>\n", left - 9, y + 4.5,
+                    decimals ? format("%.*f", decimals, v).c_str() : with_commas(llround(v)).c_str());
+    }
+    const auto mark_x = [&](double x, const std::string& text) {
+        s += format("<path d=\"M%.1f %.1fv6\" stroke=\"#333\"/>", px(x), top + height);
+        s += format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%s</text>\n", px(x), top + height + 21,
+                    xml_escaped(text).c_str());
+    };
+    if (bars) {
+        for (size_t i = 0; i < plot.bars.size(); ++i) mark_x(double(i), plot.bars[i]);
+    } else if (plot.log_x) {
+        const double octaves = std::floor(std::log2(x_high) - std::ceil(std::log2(x_low)) + 1e-9);
+        const double x_tick = std::max(1.0, std::ceil(octaves / 8));
+        for (double k = std::ceil(std::log2(x_low) - 1e-9); k <= std::log2(x_high) + 1e-9; k += x_tick)
+            mark_x(std::exp2(k), with_commas(llround(std::exp2(k))));
+    } else {
+        const double x_tick = std::max(1.0, nice_interval(x_high - x_low, 8));
+        for (double k = std::ceil(x_low / x_tick); k * x_tick <= x_high * (1 + 1e-9); ++k)
+            mark_x(k * x_tick, with_commas(llround(k * x_tick)));
+    }
+    s += format("<path d=\"M%.1f %.1fV%.1fH%.1f\" fill=\"none\" stroke=\"#333\"/>\n", left, top, top + height,
+                left + width);
+    s += format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%s</text>\n", left + width / 2, plot_height - 16,
+                xml_escaped(plot.x_label).c_str());
+    s += format("<text transform=\"translate(20 %.1f) rotate(-90)\" text-anchor=\"middle\">%s</text>\n",
+                top + height / 2, xml_escaped(plot.y_label).c_str());
+
+    double legend = top + 12;
+    for (size_t i = 0; i < plot.curves.size(); ++i) {
+        const Plot::Curve& c = plot.curves[i];
+        const std::string stroke = format("stroke=\"%s\" stroke-width=\"%g\"", c.color.c_str(), c.width);
+        const auto dot = [&](double x, double y) {
+            s += format("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"%s\"/>", x, y, c.color.c_str());
+        };
+        const auto box = [&](double x, double y, double w, double h) {
+            s += format("<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"%s\"/>", x, y, w, h,
+                        c.color.c_str());
+        };
+        const double half = bars ? 0.3 * width / double(plot.bars.size()) : 0;
+        std::string line;
+        for (size_t j = 0; j < c.points.size(); ++j) {
+            const double x = px(c.points[j].first), y = py(c.points[j].second);
+            line += format("%s%.1f %.1f", line.empty() ? "M" : " L", x, y);
+            if (bars) box(x - half, y, 2 * half, py(lower[i][j]) - y);
+            else if (c.dots) dot(x, y);
+        }
+        if (!bars && c.width > 0 && !line.empty())
+            s += "<path d=\"" + line + "\" fill=\"none\" stroke-linejoin=\"round\" " + stroke + "/>";
+        if (c.label.empty()) continue;
+        const double lx = left + width + 18;
+        if (bars) box(lx, legend - 7, 14, 14);
+        else if (c.width > 0) s += format("<path d=\"M%.0f %.0fh24\" %s/>", lx, legend, stroke.c_str());
+        if (!bars && c.dots) dot(lx + 12, legend);
+        s += format("<text x=\"%.0f\" y=\"%.1f\">%s</text>\n", lx + (bars ? 22 : 32), legend + 4.5,
+                    xml_escaped(c.label).c_str());
+        legend += 20;
+    }
+    return s;
+}
+
+}  // namespace
+
+std::string plots_svg(const std::vector<Plot>& plots) {
+    const double H = plot_height * double(plots.size());
+    std::string s = format(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
+        "font-family=\"Helvetica, Arial, DejaVu Sans, sans-serif\" font-size=\"13\" fill=\"#333\">\n"
+        "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
+        plot_width, H, plot_width, H);
+    for (size_t i = 0; i < plots.size(); ++i)
+        s += format("<g transform=\"translate(0 %.0f)\">\n", plot_height * double(i)) + plot_svg(plots[i]) + "</g>\n";
+    return s + "</svg>\n";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Figures of a benchmark
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+const char* const bench_columns =
+    "case,engine,model,what,B,T,runs,ms,ms_25,ms_75,tokens_per_s,bytes,flops,memory,share_of_copy,share_of_gemm,note";
+
+}  // namespace
+
+// A field that was not measured or counted is empty.
+std::string bench_csv(const std::vector<BenchRow>& rows) {
+    const auto number = [](double v) { return std::isfinite(v) && v > 0 ? format("%.6g", v) : std::string(); };
+    std::string s = std::string(bench_columns) + "\n";
+    for (const BenchRow& r : rows) {
+        std::string note = r.note;
+        std::replace(note.begin(), note.end(), ',', ';');
+        s += r.kind + "," + r.engine + "," + r.model + "," + r.what + "," + std::to_string(r.B) + "," +
+             std::to_string(r.T) + "," + std::to_string(r.runs);
+        for (const double v :
+             {r.ms, r.ms_25, r.ms_75, r.tokens_per_s(), r.bytes, r.flops, r.memory, r.copy_share, r.gemm_share})
+            s += "," + number(v);
+        s += "," + note + "\n";
+    }
+    return s;
+}
+
+// What plots need of a file that bench_csv, or test/bench_pytorch.py, wrote.
+void read_bench_csv(const std::string& path, std::vector<BenchRow>* rows) {
+    const std::string s = read_file(path);
+    int64 line = 0;
+    for (size_t at = 0; at < s.size(); ++line) {
+        const size_t end = std::min(s.find('\n', at), s.size());
+        const std::string text = s.substr(at, end - at);
+        at = end + 1;
+        if (line == 0 && text != bench_columns)
+            fail("%s: not a file of benchmark figures: expected the first line %s", path.c_str(), bench_columns);
+        if (line == 0) continue;
+        std::vector<std::string> f(1);
+        for (const char c : text) {
+            if (c == ',') f.emplace_back();
+            else f.back() += c;
+        }
+        if (f.size() != 17)
+            fail("%s: line %lld: expected 17 fields, found %zu", path.c_str(), (long long)line + 1, f.size());
+        BenchRow r = BenchRow(f[0], f[2], f[3], 0, 0);
+        r.engine = f[1];
+        double per_s = 0;
+        if (!parse_int(f[4], &r.B) || !parse_int(f[5], &r.T) || (!f[7].empty() && !parse_double(f[7], &r.ms)) ||
+            (!f[10].empty() && !parse_double(f[10], &per_s)))
+            fail("%s: line %lld: B, T, ms or tokens_per_s is not a number", path.c_str(), (long long)line + 1);
+        r.tokens = per_s * r.ms / 1e3;
+        rows->push_back(r);
+    }
+    if (line == 0) fail("%s: is empty", path.c_str());
+}
+
+// Throughput against length, time per token against context, and one step's launches on top of one another.
+std::string bench_svg(const std::vector<BenchRow>& rows) {
+    std::vector<Plot> plots;
+    const auto point = [&](const std::string& title, const char* x_label, const char* y_label, const std::string& label,
+                           double x, double y) {
+        auto p = std::find_if(plots.begin(), plots.end(), [&](const Plot& q) { return q.title == title; });
+        if (p == plots.end()) {
+            p = plots.insert(p, Plot(title, x_label, y_label));
+            p->log_x = true;
+            p->y_low = 0;
+        }
+        auto c =
+            std::find_if(p->curves.begin(), p->curves.end(), [&](const Plot::Curve& q) { return q.label == label; });
+        if (c == p->curves.end()) {
+            c = p->curves.insert(c, Plot::Curve());
+            c->label = label;
+        }
+        c->points.emplace_back(x, y);
+    };
+    const std::map<std::string, std::string> title = {{"step", "Training"},
+                                                      {"evaluation", "Evaluation"},
+                                                      {"prefill", "Prefill"},
+                                                      {"ssd", "SSD"},
+                                                      {"attention", "Attention"}};
+    Plot step("One training step", "", "ms");
+    std::vector<double> total;  // of each bar
+    const auto name_of = [](const BenchRow& r) { return (r.engine == "transxssm" ? "" : r.engine + ": ") + r.model; };
+    const auto bar_of = [&](const std::string& who) {
+        const size_t i = size_t(std::find(step.bars.begin(), step.bars.end(), who) - step.bars.begin());
+        if (i == step.bars.size()) {
+            step.bars.push_back(who);
+            total.push_back(0);
+        }
+        return i;
+    };
+    for (const BenchRow& r : rows) {
+        if (!(r.ms > 0)) continue;
+        const std::string who = name_of(r);
+        if (r.kind == "train" || r.kind == "prefill")
+            point(title.count(r.what) ? title.at(r.what) : r.what, "tokens of a sequence", "tokens/s", who, double(r.T),
+                  r.tokens_per_s());
+        if ((r.kind == "ssd" || r.kind == "attention") && r.what != "backward")
+            point(title.at(r.kind) + ", " + r.what, "tokens of a sequence", "ms", who, double(r.T), r.ms);
+        if (r.kind == "decode")
+            point(format("Decoding %lld sequence%s", (long long)r.B, r.B == 1 ? "" : "s"), "tokens before",
+                  "ms per token", who, double(r.T), r.ms);
+        if (r.kind == "launches") total[bar_of(who)] += r.ms;
+    }
+    if (step.bars.empty()) return plots_svg(plots);
+    // A kind of launch that is nowhere 2% of its step is one of the others, which are on top.
+    std::map<std::string, size_t> part;
+    Plot::Curve others;
+    others.label = "others";
+    others.color = "#cccccc";
+    for (const int pass : {0, 1})
+        for (const BenchRow& r : rows) {
+            if (r.kind != "launches" || !(r.ms > 0)) continue;
+            const size_t bar = bar_of(name_of(r));
+            if (pass == 0 && r.ms > 0.02 * total[bar] && part.emplace(r.what, step.curves.size()).second) {
+                step.curves.emplace_back();
+                step.curves.back().label = r.what;
+            }
+            if (pass == 1)
+                (part.count(r.what) ? step.curves[part[r.what]] : others).points.emplace_back(double(bar), r.ms);
+        }
+    if (!others.points.empty()) step.curves.push_back(others);
+    plots.push_back(step);
+    return plots_svg(plots);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Commands: sample, eval, info, export, import
 // ---------------------------------------------------------------------------------------------------------------------
 

@@ -472,32 +472,10 @@ class Log {
     [[noreturn]] void bad() { fail("%s: cannot write: %s", path.c_str(), strerror(errno)); }
 };
 
-// 1, 2 or 5 times a power of ten, so that about `count` of them make up `range`.
-double nice_interval(double range, int count) {
-    const double rough = range / count, power = std::pow(10.0, std::floor(std::log10(rough)));
-    for (const double m : {1.0, 2.0, 5.0})
-        if (rough <= m * power * (1 + 1e-9)) return m * power;
-    return 10 * power;
-}
-
-std::string xml_escaped(const std::string& s) {
-    std::string out, pending;
-    for (const char c : utf8_stream(&pending, s, true)) {
-        if (c == '&') out += "&amp;";
-        else if (c == '<') out += "&lt;";
-        else if (c == '>') out += "&gt;";
-        else out += uint8_t(c) < 0x20 ? ' ' : c;
-    }
-    return out;
-}
-
 }  // namespace
 
 // The loss curve: the training loss of every step (pale), its running mean, and the validation loss (dots).
 std::string loss_svg(const std::vector<LogRow>& rows, int64 steps, const std::string& title) {
-    const double W = 860, H = 500, left = 70, right = 24, top = 48, bottom = 60;
-    const double plot_w = W - left - right, plot_h = H - top - bottom;
-
     // The mean over 1% of the schedule to either side, less near the ends, so that it neither lags nor leads.
     std::vector<double> smooth(rows.size()), total(rows.size() + 1, 0.0);
     for (size_t i = 0; i < rows.size(); ++i) total[i + 1] = total[i] + rows[i].train_loss;
@@ -507,97 +485,37 @@ std::string loss_svg(const std::vector<LogRow>& rows, int64 steps, const std::st
         smooth[i] = (total[to] - total[from]) / double(to - from);
     }
 
+    Plot plot(title, "step", "loss, nats per token");
+    plot.x_low = 0;
+    plot.x_high = double(std::max<int64>(1, std::max(steps, rows.empty() ? 0 : rows.back().step)));
     // The vertical axis holds every value, but for a run that blew up: it ends at 1.5 times the first loss.
-    double low = HUGE_VAL, high = -HUGE_VAL;
-    for (const LogRow& r : rows)
-        for (const double v : {r.train_loss, r.val_loss})
-            if (std::isfinite(v)) {
-                low = std::min(low, v);
-                high = std::max(high, v);
-            }
-    if (!rows.empty() && rows[0].train_loss > 0) high = std::min(high, 1.5 * rows[0].train_loss);
-    if (!(low <= high)) low = 0, high = 1;
-    const double margin = std::max(0.04 * (high - low), 1e-4 * std::max(1.0, std::fabs(low)));
-    low = low >= 0 ? std::max(0.0, low - margin) : low - margin;
-    high += margin;
-    const double y_tick = nice_interval(high - low, 6);
-    const double x_end = double(std::max<int64>(1, std::max(steps, rows.empty() ? 0 : rows.back().step)));
-    const double x_tick = std::max(1.0, nice_interval(x_end, 8));
-    const auto px = [&](double step) { return left + plot_w * step / x_end; };
-    const auto py = [&](double v) { return top + plot_h * (high - std::min(v, high)) / (high - low); };
+    if (!rows.empty() && rows[0].train_loss > 0)
+        for (const LogRow& r : rows)
+            if (std::max(r.train_loss, r.val_loss) > 1.5 * rows[0].train_loss) plot.y_high = 1.5 * rows[0].train_loss;
 
-    std::string s = format(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" viewBox=\"0 0 %.0f %.0f\" "
-        "font-family=\"Helvetica, Arial, DejaVu Sans, sans-serif\" font-size=\"13\" fill=\"#333\">\n"
-        "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n",
-        W, H, W, H);
-    s += format("<text x=\"%.0f\" y=\"28\" font-size=\"16\" font-weight=\"bold\">%s</text>\n", left,
-                xml_escaped(title).c_str());
-
-    // grid, ticks and labels
-    const int decimals = std::min(9, std::max(0, int(std::ceil(-std::log10(y_tick) - 1e-9))));
-    for (double k = std::ceil(low / y_tick); k * y_tick <= high; ++k) {
-        const double v = k * y_tick, y = py(v);
-        s += format("<path d=\"M%.1f %.1fH%.1f\" stroke=\"#e4e4e4\"/>", left, y, W - right);
-        s += format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">%.*f</text>\n", left - 9, y + 4.5, decimals, v);
-    }
-    for (int64 i = 0; double(i) * x_tick <= x_end * (1 + 1e-9); ++i) {
-        const double v = double(i) * x_tick, x = px(v);
-        s += format("<path d=\"M%.1f %.1fv6\" stroke=\"#333\"/>", x, top + plot_h);
-        s += format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">%s</text>\n", x, top + plot_h + 21,
-                    with_commas(llround(v)).c_str());
-    }
-    s += format("<path d=\"M%.1f %.1fV%.1fH%.1f\" fill=\"none\" stroke=\"#333\"/>\n", left, top, top + plot_h,
-                W - right);
-    s += format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">step</text>\n", left + plot_w / 2, H - 16);
-    s += format(
-        "<text transform=\"translate(20 %.1f) rotate(-90)\" text-anchor=\"middle\">loss, nats per token</text>\n",
-        top + plot_h / 2);
-
-    // A curve of at most 1000 points: the mean of each run of neighbours.
-    const auto curve = [&](const std::function<double(size_t)>& value, const char* style) {
-        const size_t stride = (rows.size() + 999) / 1000;
-        std::string d;
-        for (size_t i = 0; i < rows.size(); i += stride) {
-            const size_t end = std::min(rows.size(), i + stride);
-            double x = 0, v = 0;
-            for (size_t j = i; j < end; ++j) {
-                x += double(rows[j].step);
-                v += value(j);
-            }
-            d += format("%s%.1f %.1f", d.empty() ? "M" : " L", px(x / double(end - i)), py(v / double(end - i)));
+    // Curves of at most 1000 points: the mean of each run of neighbours.
+    Plot::Curve each{"training, each step", {}, "#9ecae9", 1, false}, mean{"running mean", {}, "#1f6fb4", 2, false},
+        validation{"validation", {}, "#d1495b", 1.5, true};
+    const size_t stride = (rows.size() + 999) / 1000;
+    for (size_t i = 0; i < rows.size(); i += stride) {
+        const size_t end = std::min(rows.size(), i + stride);
+        double x = 0, loss = 0, smoothed = 0;
+        for (size_t j = i; j < end; ++j) {
+            x += double(rows[j].step) / double(end - i);
+            loss += rows[j].train_loss / double(end - i);
+            smoothed += smooth[j] / double(end - i);
         }
-        if (!d.empty()) s += "<path d=\"" + d + "\" fill=\"none\" stroke-linejoin=\"round\" " + style + "/>\n";
-    };
-    const char *const pale = "stroke=\"#9ecae9\" stroke-width=\"1\"",
-                      *const blue = "stroke=\"#1f6fb4\" stroke-width=\"2\"",
-                      *const red = "stroke=\"#d1495b\" stroke-width=\"1.5\"";
-    curve([&](size_t i) { return rows[i].train_loss; }, pale);
-    curve([&](size_t i) { return smooth[i]; }, blue);
-    std::string line, dots, val_label = "validation";
+        each.points.emplace_back(x, loss);
+        mean.points.emplace_back(x, smoothed);
+    }
     for (const LogRow& r : rows)
         if (std::isfinite(r.val_loss)) {
-            const double x = px(double(r.step)), y = py(r.val_loss);
-            line += format("%s%.1f %.1f", line.empty() ? "M" : " L", x, y);
-            dots += format("<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.5\" fill=\"#d1495b\"/>", x, y);
-            val_label = format("validation: %.4f", r.val_loss);
+            validation.points.emplace_back(double(r.step), r.val_loss);
+            validation.label = format("validation: %.4f", r.val_loss);
         }
-    if (!line.empty()) s += "<path d=\"" + line + "\" fill=\"none\" " + red + "/>\n" + dots + "\n";
-
-    // The legend, with the latest values; losses fall, so that the upper right corner is free.
-    const std::string smooth_label = rows.empty() ? "running mean" : format("running mean: %.4f", smooth.back());
-    const double lx = W - right - 218, ly = top + 6;
-    s += format("<rect x=\"%.0f\" y=\"%.0f\" width=\"210\" height=\"76\" rx=\"4\" fill=\"#fff\" stroke=\"#ccc\"/>\n",
-                lx, ly);
-    const std::pair<const char*, std::string> legend[] = {
-        {pale, "training, each step"}, {blue, smooth_label}, {red, val_label}};
-    for (int i = 0; i < 3; ++i) {
-        const double y = ly + 19 + 20 * i;
-        s += format("<path d=\"M%.0f %.0fh28\" %s/>", lx + 10, y, legend[i].first);
-        if (i == 2) s += format("<circle cx=\"%.0f\" cy=\"%.0f\" r=\"3.5\" fill=\"#d1495b\"/>", lx + 24, y);
-        s += format("<text x=\"%.0f\" y=\"%.1f\">%s</text>\n", lx + 46, y + 4.5, legend[i].second.c_str());
-    }
-    return s + "</svg>\n";
+    if (!rows.empty()) mean.label = format("running mean: %.4f", smooth.back());
+    plot.curves = {each, mean, validation};
+    return plots_svg({plot});
 }
 
 namespace {

@@ -37,7 +37,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <chrono>
 #include <map>
 #include <tuple>
 #include <type_traits>
@@ -3558,131 +3557,582 @@ std::unique_ptr<Engine> make_cuda_engine(const Config& c, Precision precision, b
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 15  Benchmark
+// 15  Benchmark                                                                                      docs/benchmarks.md
 // ---------------------------------------------------------------------------------------------------------------------
+// A figure is the median of several runs. It is set beside what this GPU reaches in the same minute: the bytes per second of
+// a copy, and the operations per second of a large matrix product. Bytes are what an op must move if it reads every input
+// and writes every output once; operations are the model's own (flops_per_token), whatever the kernels do.
 
 namespace cuda {
 
-static double seconds_now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+// ---- Measuring -------------------------------------------------------------------------------------------------------
+
+static double elapsed_ms(const Profile& p, size_t i) {  // from mark i-1 to mark i
+    float ms = 0;
+    CHECK_CUDA(cudaEventElapsedTime(&ms, p.marks[i - 1].second, p.marks[i].second));
+    return double(ms);
 }
-static double median(std::vector<double> v) {
-    std::sort(v.begin(), v.end());
-    return v[v.size() / 2];
+
+// Times f: two calls of no account, in which memory is laid out and algorithms are chosen, then `repeats` calls, but no more
+// than fit into two seconds, and at least three. An event after each: kernels follow one another without gaps.
+static void measure(BenchRow* r, int64 repeats, const std::function<void()>& f) {
+    f();
+    CHECK_CUDA(cudaDeviceSynchronize());
+    const double start = wall_seconds();
+    f();
+    CHECK_CUDA(cudaDeviceSynchronize());
+    const double once = wall_seconds() - start;
+    r->runs = std::min(repeats, std::max<int64>(3, int64(2 / once)));
+    Profile marks;
+    for (int64 i = 0; i <= r->runs; ++i) {
+        if (i > 0) f();
+        marks.mark("", nullptr);
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    std::vector<double> ms;
+    for (size_t i = 1; i < marks.marks.size(); ++i) ms.push_back(elapsed_ms(marks, i));
+    std::sort(ms.begin(), ms.end());
+    r->ms = ms[ms.size() / 2];
+    r->ms_25 = ms[ms.size() / 4];
+    r->ms_75 = ms[ms.size() - 1 - ms.size() / 4];
+}
+
+// n numbers on the GPU, uniform in low .. high: on zeros a product draws less power and runs faster than in earnest.
+template <class A>
+__global__ void random_kernel(A* x, int64 n, float low, float high) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    uint32_t c[4] = {uint32_t(i), uint32_t(i >> 32), 0, 0};
+    philox(c, {1, 2});
+    if (i < n) x[i] = from_float<A>(low + (high - low) * float(c[0] >> 8) * (1.0f / (1 << 24)));
+}
+template <class A>
+static void randomize(A* x, int64 n, float low = -1, float high = 1) {
+    if (n > 0) launch("random", random_kernel<A>, ceil_div(n, 256), 256, 0, nullptr, x, n, low, high);
+}
+template <class A>
+struct Random : Array<A> {
+    explicit Random(int64 count, float low = -1, float high = 1) : Array<A>(nullptr, count) {
+        randomize<A>(*this, count, low, high);
+    }
+};
+
+// y = x, four times 16 bytes per thread; n is a multiple of 1024.
+__global__ void copy_kernel(float4* y, const float4* x) {
+    const int64 i = int64(blockIdx.x) * 1024 + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) y[i + 256 * j] = x[i + 256 * j];
+}
+
+// ---- The cases -------------------------------------------------------------------------------------------------------
+
+class Bench {
+  public:
+    std::string preset_name;
+    Config config;
+    Precision precision = Precision::bf16;
+    bool recompute = false;
+    std::vector<std::string> families = {"hybrid"};
+    std::vector<int64> lengths, contexts, batches;  // of train, prefill, ssd and attention; of decode
+    int64 step_tokens = 0, repeats = 0, decode_tokens = 0;
+    std::vector<BenchRow> rows;
+
+    void run(const std::string& kind);
+
+  private:
+    double copy_rate = 0, gemm_rate = 0;  // the ceilings, per second
+    std::vector<int32_t> tokens;
+
+    // The hybrid is the preset; the other two differ in which layers are attention, and in nothing else.
+    Config family(const std::string& name) const {
+        Config c = config;
+        if (name == "transformer") c.attn_period = 1, c.attn_offset = 0;
+        if (name == "ssm") c.attn_period = 0;
+        return c;
+    }
+    std::unique_ptr<Engine> start(const Config& c) const {
+        auto engine = make_cuda_engine(c, precision, recompute);
+        engine->write(Buffer::weights, initial_weights(c, 1).data());
+        return engine;
+    }
+    // Fills in a row and shows it. What cannot be done, for want of memory above all, is a row with a note; but a GPU that no
+    // longer answers ends the program.
+    void add(BenchRow r, const std::function<void(BenchRow*)>& fill);
+    void ceilings();
+    void train(const std::string& name);
+    void launches(const std::string& model, int64 B, int64 T, const std::function<void()>& step);
+    void prefill(const std::string& name);
+    void decode(const std::string& name);
+    void ssd();
+    void attention();
+    void gemm();
+};
+
+void Bench::add(BenchRow r, const std::function<void(BenchRow*)>& fill) {
+    try {
+        fill(&r);
+        r.copy_share = r.bytes / r.ms * 1e3 / copy_rate;
+        r.gemm_share = r.flops / r.ms * 1e3 / gemm_rate;
+    } catch (const UsageError&) {
+        throw;
+    } catch (const Error& e) {
+        cudaGetLastError();
+        if (cudaDeviceSynchronize() != cudaSuccess) throw;
+        r.note = e.what();
+    }
+    const auto cell = [](double v, int width, int decimals, const char* unit = "") {
+        return v > 0 && std::isfinite(v) ? format("%*.*f%s", width - int(strlen(unit)), decimals, v, unit)
+                                         : std::string(size_t(width), ' ');
+    };
+    const std::string size = r.B == 0 ? "" : format("%6lld x %-6lld", (long long)r.B, (long long)r.T);
+    printf("%-16s %-20s %-15s", r.model.c_str(), r.what.c_str(), size.c_str());
+    if (!r.note.empty()) printf("  %s\n", r.note.c_str());
+    else
+        printf("%9.3f %9.3f..%-9.3f %9s %5s %5s %8s %5s %5s\n", r.ms, r.ms_25, r.ms_75,
+               cell(r.tokens_per_s(), 9, 0).c_str(), cell(1e-9 * r.bytes / r.ms, 5, 2).c_str(),
+               cell(100 * r.copy_share, 5, 0, "%").c_str(), cell(1e-9 * r.flops / r.ms, 8, 1).c_str(),
+               cell(100 * r.gemm_share, 5, 0, "%").c_str(), cell(1e-9 * r.memory, 5, 1).c_str());
+    fflush(stdout);
+    rows.push_back(r);
+}
+
+// The two ceilings. The copy is of 4 GiB, or of what a small GPU has room for.
+void Bench::ceilings() {
+    in_precision(precision, [&](auto a) {
+        using A = decltype(a);
+        size_t free = 0, total = 0;
+        CHECK_CUDA(cudaMemGetInfo(&free, &total));
+        const int64 blocks = int64(std::min(size_t(4) << 30, free / 4) / (16 * 1024));
+        add(BenchRow("ceilings", "", "copy", 0, 0), [&](BenchRow* r) {
+            Random<float> x(blocks * 4096), y(blocks * 4096);
+            r->bytes = 2 * 16384.0 * double(blocks);
+            measure(r, 20, [&] {
+                launch("copy", copy_kernel, blocks, 256, 0, nullptr, (float4*)(float*)y, (const float4*)(float*)x);
+            });
+            copy_rate = 1e3 * r->bytes / r->ms;
+        });
+        add(BenchRow("ceilings", "", "product of 8192^3", 0, 0), [&](BenchRow* r) {
+            const int64 n = 8192;
+            Blas blas;
+            Random<A> x(n * n), w(n * n), y(n * n);
+            r->flops = 2 * double(n) * double(n) * double(n);
+            measure(r, 20, [&] { linear_forward<A, A>(blas, y, n, x, w, n, n, n, nullptr); });
+            gemm_rate = 1e3 * r->flops / r->ms;
+        });
+    });
+}
+
+// A training step (gradients zeroed, forward, backward, norm, AdamW) and an evaluation, at constant tokens.
+void Bench::train(const std::string& name) {
+    const Config c = family(name);
+    const std::string model = preset_name + " " + name;
+    std::unique_ptr<Engine> engine;
+    size_t before = 0, after = 0, total = 0;
+    CHECK_CUDA(cudaMemGetInfo(&before, &total));
+    int64 steps = 0, shown = lengths[0];  // the length whose launches are listed: the one next to the model's own
+    for (const int64 T : lengths)
+        if (std::abs(std::log(double(T) / double(c.T))) < std::abs(std::log(double(shown) / double(c.T)))) shown = T;
+    for (const int64 T : lengths) {
+        const int64 B = step_tokens / T;
+        const auto train_step = [&] {
+            engine->zero_gradients();
+            engine->forward(tokens.data(), tokens.data() + 1, B, T);
+            engine->backward(1);
+            const double norm = engine->gradient_norm();
+            engine->update(AdamW(), 1e-4, ++steps, norm > 1 ? 1 / norm : 1);
+        };
+        add(BenchRow("train", model, "step", B, T), [&](BenchRow* r) {
+            if (!engine) engine = start(c);
+            r->flops = flops_per_token(c, T) * r->tokens;
+            measure(r, repeats, train_step);
+            CHECK_CUDA(cudaMemGetInfo(&after, &total));
+            r->memory = double(before) - double(after);
+        });
+        if (!rows.back().note.empty()) continue;
+        add(BenchRow("train", model, "evaluation", B, T), [&](BenchRow* r) {
+            r->flops = flops_per_token(c, T) * r->tokens / 3;
+            measure(r, repeats, [&] { engine->forward(tokens.data(), tokens.data() + 1, B, T); });
+        });
+        if (T == shown) launches(model, B, T, train_step);
+    }
 }
 
 // One more step with an event after each launch: how long each kind of launch took in all.
-static void print_profile(const std::function<void()>& step) {
+void Bench::launches(const std::string& model, int64 B, int64 T, const std::function<void()>& step) {
     Profile marks;
     profile = &marks;
     marks.mark("", nullptr);
     step();
     profile = nullptr;
     CHECK_CUDA(cudaDeviceSynchronize());
-    struct Line {
-        int64 launches = 0;
-        double ms = 0;
-    };
-    std::map<std::string, Line> lines;
+    std::vector<BenchRow> kinds;
     double total = 0;
     for (size_t i = 1; i < marks.marks.size(); ++i) {
-        float ms = 0;
-        CHECK_CUDA(cudaEventElapsedTime(&ms, marks.marks[i - 1].second, marks.marks[i].second));
-        Line& l = lines[marks.marks[i].first];
-        ++l.launches;
-        l.ms += double(ms);
-        total += double(ms);
+        const std::string& what = marks.marks[i].first;
+        auto r = std::find_if(kinds.begin(), kinds.end(), [&](const BenchRow& k) { return k.what == what; });
+        if (r == kinds.end()) {
+            r = kinds.insert(r, BenchRow("launches", model, what, B, T));
+            r->ms = 0;
+        }
+        ++r->runs;
+        r->ms += elapsed_ms(marks, i);
+        total += elapsed_ms(marks, i);
     }
-    std::vector<std::pair<double, std::string>> order;
-    for (const auto& l : lines) order.emplace_back(-l.second.ms, l.first);
-    std::sort(order.begin(), order.end());
+    std::sort(kinds.begin(), kinds.end(), [](const BenchRow& a, const BenchRow& b) { return a.ms > b.ms; });
     printf("\n%-28s %8s %10s %7s\n", "launch", "times", "ms", "share");
-    for (const auto& o : order)
-        printf("%-28s %8lld %10.3f %6.1f%%\n", o.second.c_str(), (long long)lines[o.second].launches,
-               lines[o.second].ms, 100 * lines[o.second].ms / total);
-    printf("%-28s %8s %10.3f\n", "all", "", total);
+    for (const BenchRow& r : kinds) {
+        printf("%-28s %8lld %10.3f %6.1f%%\n", r.what.c_str(), (long long)r.runs, r.ms, 100 * r.ms / total);
+        rows.push_back(r);
+    }
+    printf("%-28s %8s %10.3f\n\n", "all", "", total);
+}
+
+// Whole sequences into an empty state, at constant tokens; logits of the last token of each.
+void Bench::prefill(const std::string& name) {
+    const Config c = family(name);
+    std::unique_ptr<Engine> engine;
+    for (const int64 T : lengths) {
+        const int64 B = step_tokens / T;
+        add(BenchRow("prefill", preset_name + " " + name, "prefill", B, T), [&](BenchRow* r) {
+            if (!engine) engine = start(c);
+            const auto state = engine->new_state(B, T);
+            std::vector<float> logits(size_t(B * c.V));
+            r->flops = (flops_per_token(c, T) / 3 - 2 * double(c.V * c.D)) * r->tokens + 2 * double(B * c.V * c.D);
+            measure(r, repeats, [&] {
+                state->position = 0;
+                engine->step(*state, tokens.data(), T, logits.data());
+            });
+        });
+    }
+}
+
+// One token of each of B sequences after T others, greedy: the state is read, every weight, and K and V of what came before.
+// The state is made of random numbers: to read 64 sequences of 65,536 tokens would take longer than the rest.
+void Bench::decode(const std::string& name) {
+    const Config c = family(name);
+    std::unique_ptr<Engine> engine;
+    const double element = precision == Precision::bf16 ? 2 : 4;
+    int64 attention_layers = 0;
+    for (int64 i = 0; i < c.L; ++i) attention_layers += c.is_attention(i);
+    for (const int64 B : batches)
+        for (const int64 T : contexts)
+            add(BenchRow("decode", preset_name + " " + name, "token", B, T), [&](BenchRow* r) {
+                if (!engine) engine = start(c);
+                r->tokens = double(B);
+                r->bytes = element * double(engine->table.count - (c.tie ? 0 : c.V * c.D)) +
+                           double(attention_layers) * element * 2 * double(B * T * c.Hkv * c.P()) +
+                           double(c.L - attention_layers) * 4 * 2 * double(B * c.H * c.P() * c.N);
+                const auto state = engine->new_state(B, T + decode_tokens + 2);
+                in_precision(precision, [&](auto a) {
+                    for (auto& layer : static_cast<CudaState<decltype(a)>&>(*state).layers) {
+                        const int64 cached = B * state->capacity * c.Hkv * c.P();
+                        if (layer.S) randomize(layer.S, B * c.H * c.P() * c.N);
+                        if (layer.k) randomize(layer.k, cached);
+                        if (layer.v) randomize(layer.v, cached);
+                    }
+                });
+                state->position = T;
+                Sampler greedy;
+                greedy.temperature = 0;
+                std::vector<float> logits(size_t(B * c.V));
+                std::vector<int32_t> next(static_cast<size_t>(B));
+                measure(r, decode_tokens, [&] {
+                    for (int64 b = 0; b < B; ++b) next[size_t(b)] = greedy.choose(logits.data() + b * c.V, c.V, 0);
+                    engine->step(*state, next.data(), 1, logits.data());
+                });
+            });
+}
+
+static const char* const passes[] = {"forward", "backward", "forward + backward"};
+
+// The SSD layer's kernels alone, as training runs them: C, B, X, dt, dA in, Y out; and the gradients of all of these.
+void Bench::ssd() {
+    const int64 H = config.H, N = config.N, P = config.P(), ld = padded8(config.ssd_width());
+    const std::string model = format("H%lld P%lld N%lld", (long long)H, (long long)P, (long long)N);
+    for (const int64 T : lengths)
+        for (const int pass : {0, 1, 2})
+            add(BenchRow("ssd", model, passes[pass], step_tokens / T, T), [&](BenchRow* r) {
+                in_precision(precision, [&](auto a) {
+                    using A = decltype(a);
+                    const int64 heads = r->B * T * H, b = H * N, x = 2 * H * N;  // heads of all tokens
+                    const SsdShape n{r->B, T, H, P, N, config.Q, ld};
+                    const SsdTiles tiles = ssd_tiles<A>(N, P);
+                    Random<A> p(r->B * T * ld), d(r->B * T * ld), y(heads * P), dy(heads * P);
+                    Random<float> dt(heads, 0.001f, 0.1f), dA(heads, -0.5f, 0), ddt(heads), ddA(heads),
+                        kept(r->B * H * ssd_chunks(tiles, T) * P * N), scratch(ssd_scratch(n, tiles));
+                    const auto forward = [&] {
+                        ssd_forward<A>(y, nullptr, kept, scratch, p, p + b, p + x, dt, dA, nullptr, n, tiles, nullptr);
+                    };
+                    const auto backward = [&] {
+                        ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, scratch, dy, nullptr, p, p + b, p + x, dt,
+                                        dA, kept, n, tiles, nullptr);
+                    };
+                    const double in = double(heads) * double(int64(sizeof(A)) * (2 * N + P) + 8),
+                                 out = double(heads * P) * sizeof(A), operations = 4 * double(heads * N * P);
+                    r->bytes = (pass != 1 ? in + out : 0) + (pass != 0 ? 2 * in + out : 0);
+                    r->flops = (pass != 1 ? operations : 0) + (pass != 0 ? 2 * operations : 0);
+                    forward();
+                    measure(r, repeats, [&] {
+                        if (pass != 1) forward();
+                        if (pass != 0) backward();
+                    });
+                });
+            });
+}
+
+// Attention's kernels alone: q, k, v in, y out; and their gradients. Operations of the backward as is the custom: 5 products,
+// the scores a second time among them, against 2 of the forward.
+void Bench::attention() {
+    const int64 H = config.H, Hkv = config.Hkv, P = config.P(), ld = padded8(config.attn_width());
+    const std::string groups = Hkv < H ? format("/%lld", (long long)Hkv) : "";
+    const std::string model = format("H%lld%s P%lld", (long long)H, groups.c_str(), (long long)P);
+    for (const int64 T : lengths)
+        for (const int pass : {0, 1, 2})
+            add(BenchRow("attention", model, passes[pass], step_tokens / T, T), [&](BenchRow* r) {
+                if (P > kAttentionMaxP) fail("heads of %lld: at most %lld", (long long)P, (long long)kAttentionMaxP);
+                in_precision(precision, [&](auto a) {
+                    using A = decltype(a);
+                    const int64 rows_ = r->B * T, k = H * P, v = k + Hkv * P;
+                    const AttentionShape n{r->B, T, T, H, Hkv, P, ld, ld, T * ld};
+                    Random<A> p(rows_ * ld), d(rows_ * ld), y(rows_ * H * P), dy(rows_ * H * P);
+                    Random<float> lse(rows_ * H), dyy(2 * rows_ * H);
+                    const auto forward = [&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); };
+                    const auto backward = [&] {
+                        attention_backward<A>(d, d + k, d + v, dyy, dy, p, p + k, p + v, y, lse, n, nullptr);
+                    };
+                    const double in = double(rows_ * (H + 2 * Hkv) * P) * sizeof(A),
+                                 out = double(rows_ * H * P) * sizeof(A),
+                                 operations = 2 * double(rows_ * H * P) * double(T + 1);
+                    r->bytes = (pass != 1 ? in + out : 0) + (pass != 0 ? 2 * in + 2 * out : 0);
+                    r->flops = (pass != 1 ? operations : 0) + (pass != 0 ? 2.5 * operations : 0);
+                    forward();
+                    measure(r, repeats, [&] {
+                        if (pass != 1) forward();
+                        if (pass != 0) backward();
+                    });
+                });
+            });
+}
+
+// Every matrix product of a step of the hybrid, alone; and what all of them take together.
+void Bench::gemm() {
+    const Config& c = config;
+    int64 attention_layers = 0;
+    for (int64 i = 0; i < c.L; ++i) attention_layers += c.is_attention(i);
+    const struct {
+        const char* name;
+        int64 in, out, times;
+    } products[] = {{"[C|B|X|dt]", c.D, c.ssd_width(), c.L - attention_layers},
+                    {"[q|k|v]", c.D, c.attn_width(), attention_layers},
+                    {"mixer out", c.D, c.D, c.L},
+                    {"[gate|up]", c.D, 2 * c.F, c.L},
+                    {"down", c.F, c.D, c.L},
+                    {"head", c.D, c.V, 1}};
+    const char* const what[] = {"y = x W'", "dx = dy W", "dW += dy' x"};
+    for (const int pass : {0, 1, 2}) {
+        BenchRow all = BenchRow("gemm", "all of a step", what[pass], 1, step_tokens);
+        all.ms = all.ms_25 = all.ms_75 = all.tokens = 0;
+        for (const auto& m : products) {
+            if (m.times == 0) continue;
+            add(BenchRow("gemm", m.name, what[pass], 1, step_tokens), [&](BenchRow* r) {
+                in_precision(precision, [&](auto a) {
+                    using A = decltype(a);
+                    const int64 M = step_tokens, ld = padded8(m.out);
+                    Blas blas;
+                    Random<A> x(M * m.in), w(ld * m.in), y(M * ld);
+                    Random<float> dw(m.out * m.in);
+                    r->tokens = 0;
+                    r->flops = 2 * double(M) * double(m.in) * double(m.out);
+                    r->bytes = sizeof(A) * double(M * (m.in + m.out)) +
+                               (pass < 2 ? double(sizeof(A)) : 8.0) * double(m.in * m.out);
+                    measure(r, repeats, [&] {
+                        if (pass == 0) linear_forward<A, A>(blas, y, ld, x, w, M, m.in, ld, nullptr);
+                        if (pass == 1) linear_backward_input<A>(blas, x, y, ld, w, M, m.in, ld, 1, nullptr);
+                        if (pass == 2) linear_backward_weight<A>(blas, dw, y, ld, x, M, m.in, m.out, 1, nullptr);
+                    });
+                });
+            });
+            const BenchRow& r = rows.back();
+            all.ms += double(m.times) * r.ms;
+            all.ms_25 += double(m.times) * r.ms_25;
+            all.ms_75 += double(m.times) * r.ms_75;
+            all.flops += double(m.times) * r.flops;
+        }
+        if (std::isfinite(all.ms)) add(all, [](BenchRow*) {});
+    }
+}
+
+void Bench::run(const std::string& kind) {
+    if (tokens.empty()) {
+        const Philox stream(1, "bench");
+        tokens.resize(size_t(step_tokens + 1));
+        for (size_t r = 0; r < tokens.size(); ++r) tokens[r] = int32_t(stream.at(r).word[0] % uint32_t(config.V));
+    }
+    printf("\n%-37s %15s %9s %20s %9s %5s %5s %8s %5s %5s\n", kind.c_str(), kind == "decode" ? "B after T" : "B x T",
+           "ms", "middle half", "tokens/s", "TB/s", "copy", "TFLOP/s", "GEMM", "GB");
+    if (kind == "ceilings") ceilings();
+    else if (kind == "ssd") ssd();
+    else if (kind == "attention") attention();
+    else if (kind == "gemm") gemm();
+    else
+        for (const std::string& name : families) {
+            if (kind == "train") train(name);
+            else if (kind == "prefill") prefill(name);
+            else decode(name);
+        }
+}
+
+// ---- The command -----------------------------------------------------------------------------------------------------
+
+// "512,1024": integers of low .. high.
+static std::vector<int64> bench_list(const char* option, const std::string& text, int64 low, int64 high) {
+    std::vector<int64> list;
+    for (size_t at = 0; at <= text.size();) {
+        const size_t end = std::min(text.find(',', at), text.size());
+        const std::string word = text.substr(at, end - at);
+        int64 v = 0;
+        if (!parse_int(word, &v)) usage_error("--%s: '%s' is not an integer", option, word.c_str());
+        if (v < low || v > high)
+            usage_error("--%s: %s is outside %lld..%lld", option, word.c_str(), (long long)low, (long long)high);
+        list.push_back(v);
+        at = end + 1;
+    }
+    return list;
+}
+
+struct BenchSettings {
+    std::string preset_name, precision = "bf16", csv, svg;
+    Config config;
+    int64 repeats = 10, decode_tokens = 128;
+    int64 B = 4, T = 0, prompt = 64, decode_batch = 1;  // of the summary
+    std::string models = "all", lengths = "512,1024,2048,4096,8192,16384,32768,65536";
+    std::string contexts = "512,4096,16384,65536", batches = "1,8,64";
+    int64 step_tokens = 65536;
+    bool recompute = false;
+};
+
+static void add_bench_options(Options* o, BenchSettings* s) {
+    o->add("preset", &s->preset_name, "the model; default: 5m, for a case 320m; the options below change it");
+    add_model_options(o, &s->config);
+    o->section("Measuring");
+    o->add("precision", &s->precision, "bf16 or fp32");
+    o->add("recompute", &s->recompute, "train with less memory for more work");
+    o->add("repeats", &s->repeats, "timed runs; fewer, but at least 3, where they take over two seconds", 1, 1000);
+    o->add("tokens", &s->decode_tokens, "tokens to decode; 0: none", 0, 1 << 24);
+    o->add("csv", &s->csv, "FILE: write every figure");
+    o->add("svg", &s->svg, "FILE: draw them");
+    o->section("Without a case");
+    o->add("batch", &s->B, "sequences of a train step", 1, 1 << 20);
+    o->add("seq-len", &s->T, "tokens of a sequence; 0: the preset's", 0, 1 << 24);
+    o->add("prompt", &s->prompt, "tokens before decoding", 1, 1 << 24);
+    o->add("decode-batch", &s->decode_batch, "sequences to decode at once", 1, 1 << 20);
+    o->section("With a case");
+    o->add("model", &s->models, "hybrid, transformer or ssm (the preset with all or no layers attention), or all");
+    o->add("lengths", &s->lengths, "tokens of a sequence");
+    o->add("step-tokens", &s->step_tokens, "tokens of a step, at every length", 1, INT32_MAX - 1);
+    o->add("contexts", &s->contexts, "tokens before the decoded ones");
+    o->add("batches", &s->batches, "sequences to decode at once");
 }
 
 int bench_command(int argc, char** argv) {
-    std::string name = "5m", precision = "bf16";
-    int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64;
-    bool recompute = false;
-    Options o(
-        "transxssm",
-        "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
-        "where a step's time goes.");
-    o.add("preset", &name, "model");
-    o.add("precision", &precision, "bf16 or fp32");
-    o.add("batch", &B, "sequences of a train step", 1, 1 << 20);
-    o.add("seq-len", &length, "tokens of a sequence; 0: the preset's", 0, 1 << 24);
-    o.add("recompute", &recompute, "less memory for more work");
-    o.add("repeats", &repeats, "timed steps", 1, 1000);
-    o.add("prompt", &prompt, "tokens before decoding", 1, 1 << 24);
-    o.add("tokens", &decode_tokens, "tokens to decode; 0: do not", 0, 1 << 24);
-    o.add("decode-batch", &decode_batch, "sequences to decode at once", 1, 1 << 20);
-    if (!o.parse(argc, argv, 1)) return 0;
-    if (precision != "bf16" && precision != "fp32")
-        usage_error("--precision: '%s' is not bf16 or fp32", precision.c_str());
-    Config c = preset(name);
-    if (length == 0) length = c.T;
-    const auto engine = make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16, recompute);
-    engine->write(Buffer::weights, initial_weights(c, 1).data());
-    printf("model       %s, %s parameters, %s\n", name.c_str(), with_commas(engine->table.count).c_str(),
-           engine->device().c_str());
-    printf("memory      %s\n\n", engine->plan(B, length).c_str());
-    fflush(stdout);
-    const Philox stream(1, "bench");
-    const int64 rows = B * length;
-    std::vector<int32_t> tokens(size_t(std::max(rows, decode_batch * prompt) + 1));
-    for (size_t r = 0; r < tokens.size(); ++r) tokens[r] = int32_t(stream.at(r).word[0] % uint32_t(c.V));
-    int64 steps = 0;
-    const auto train_step = [&] {
-        engine->zero_gradients();
-        engine->forward(tokens.data(), tokens.data() + 1, B, length);
-        engine->backward(1);
-        const double norm = engine->gradient_norm();
-        engine->update(AdamW(), 1e-4, ++steps, norm > 1 ? 1 / norm : 1);
-    };
-    const auto time = [&](const std::function<void()>& f) {
-        std::vector<double> times;
-        for (int64 i = -2; i < repeats; ++i) {
-            CHECK_CUDA(cudaDeviceSynchronize());
-            const double start = seconds_now();
-            f();
-            CHECK_CUDA(cudaDeviceSynchronize());
-            if (i >= 0) times.push_back(seconds_now() - start);
-        }
-        return median(times);
-    };
-    const double train = time(train_step);
-    const double eval = time([&] { engine->forward(tokens.data(), tokens.data() + 1, B, length); });
-    printf("train step  B %lld x T %lld  %9.2f ms  %9.0f tokens/s", (long long)B, (long long)length, 1e3 * train,
-           double(rows) / train);
-    if (engine->peak() > 0)
-        printf("  (%.1f%% of the data sheet's peak)",
-               100 * flops_per_token(c, length) * double(rows) / train / engine->peak());
-    printf("\nevaluation  B %lld x T %lld  %9.2f ms  %9.0f tokens/s\n", (long long)B, (long long)length, 1e3 * eval,
-           double(rows) / eval);
-    fflush(stdout);
-    print_profile(train_step);
-    if (decode_tokens > 0) {
-        std::vector<float> logits(size_t(decode_batch * c.V));
-        std::vector<int32_t> next(size_t(decode_batch), 1);
-        const auto state = engine->new_state(decode_batch, prompt + decode_tokens);
-        for (int64 at = 0; at < prompt; at += c.T)
-            engine->step(*state, tokens.data(), std::min(c.T, prompt - at), logits.data());
-        std::vector<double> times;
-        Sampler greedy;
-        greedy.temperature = 0;
-        for (int64 i = 0; i < decode_tokens; ++i) {
-            const double start = seconds_now();
-            for (int64 b = 0; b < decode_batch; ++b) next[size_t(b)] = greedy.choose(logits.data() + b * c.V, c.V, 0);
-            engine->step(*state, next.data(), 1, logits.data());
-            times.push_back(seconds_now() - start);
-        }
-        const double t = median(times);
-        printf("\ndecode      %lld sequences after %lld tokens, greedy  %8.3f ms  %8.0f tokens/s\n",
-               (long long)decode_batch, (long long)prompt, 1e3 * t, double(decode_batch) / t);
+    const char* const usage =
+        "usage: transxssm bench [CASE] [options]\n\n"
+        "Times the model on this GPU: medians, set beside what a copy and a large matrix product reach here.\n\n"
+        "    (no case)       training, evaluation, the launches of a step and decoding, at one size\n"
+        "    train           training and evaluation at several lengths, and the launches of a step\n"
+        "    prefill         sequences read into a state\n"
+        "    decode          a token after contexts of several lengths\n"
+        "    ssd, attention  the kernels of one layer\n"
+        "    gemm            the matrix products of a step\n"
+        "    all             all of these cases\n"
+        "    plot FILE...    nothing is timed: what --csv wrote earlier is drawn to --svg\n";
+    const std::vector<std::string> cases = {"train", "prefill", "decode", "ssd", "attention", "gemm"};
+    BenchSettings s;
+    std::vector<std::string> words;
+    {  // the preset sets the defaults of the options that change it: it is looked for first
+        Options first("transxssm", usage);
+        add_bench_options(&first, &s);
+        if (!first.parse(argc, argv, 1, &words)) return 0;
+    }
+    const std::string kind = words.empty() ? "" : words[0];
+    const std::string name = !s.preset_name.empty() ? s.preset_name : kind.empty() ? "5m" : "320m";
+    s = BenchSettings();
+    s.config = preset(name);
+    Options o("transxssm", usage);
+    add_bench_options(&o, &s);
+    words.clear();
+    o.parse(argc, argv, 1, &words);
+    if (o.given("heads") && !o.given("kv-heads")) s.config.Hkv = s.config.H;
+
+    std::vector<std::string> known = cases;
+    known.push_back("all");
+    known.push_back("plot");
+    if (!kind.empty() && std::find(known.begin(), known.end(), kind) == known.end())
+        usage_error("bench: unknown case '%s'; did you mean '%s'?", kind.c_str(), nearest_word(kind, known).c_str());
+    if (kind != "plot" && words.size() > 1)
+        usage_error("bench %s: unexpected word '%s'", kind.c_str(), words[1].c_str());
+    for (const char* option : {"batch", "seq-len", "prompt", "decode-batch"})
+        if (!kind.empty() && o.given(option)) usage_error("--%s is of the bench without a case", option);
+    for (const char* option : {"model", "lengths", "step-tokens", "contexts", "batches"})
+        if (kind.empty() && o.given(option)) usage_error("--%s is of a case: bench train, say", option);
+    if (s.precision != "bf16" && s.precision != "fp32")
+        usage_error("--precision: '%s' is not bf16 or fp32", s.precision.c_str());
+    const std::vector<std::string> families = {"hybrid", "transformer", "ssm"};
+    if (s.models != "all" && std::find(families.begin(), families.end(), s.models) == families.end())
+        usage_error("--model: '%s' is not hybrid, transformer, ssm or all", s.models.c_str());
+
+    if ((kind == "decode" || kind == "all") && s.decode_tokens == 0)
+        usage_error("--tokens: 0 leaves nothing to decode");
+
+    Bench bench;
+    bench.preset_name = name;
+    bench.config = s.config;
+    bench.precision = s.precision == "fp32" ? Precision::fp32 : Precision::bf16;
+    bench.recompute = s.recompute;
+    bench.repeats = s.repeats;
+    bench.decode_tokens = s.decode_tokens;
+    if (kind.empty()) {
+        bench.lengths = {s.T > 0 ? s.T : s.config.T};
+        bench.step_tokens = s.B * bench.lengths[0];
+        bench.contexts = {s.prompt};
+        bench.batches = {s.decode_batch};
+        bench.families = {"hybrid"};
+    } else {
+        bench.lengths = bench_list("lengths", s.lengths, 1, s.step_tokens);
+        bench.step_tokens = s.step_tokens;
+        bench.contexts = bench_list("contexts", s.contexts, 1, 1 << 24);
+        bench.batches = bench_list("batches", s.batches, 1, 1 << 20);
+        bench.families = s.models == "all" ? families : std::vector<std::string>{s.models};
+    }
+    if (bench.step_tokens >= INT32_MAX) usage_error("%lld tokens a step: at most 2^31-2", (long long)bench.step_tokens);
+    for (const std::string& out : {s.csv, s.svg})  // now, not after the work
+        if (!out.empty() && (is_directory(out) || access(parent_directory(out).c_str(), W_OK) != 0))
+            fail("%s: cannot write: %s", out.c_str(), is_directory(out) ? strerror(EISDIR) : strerror(errno));
+    if (kind == "plot") {
+        for (const std::string& given : o.given_names())
+            if (given != "svg") usage_error("bench plot: --%s has no meaning, nothing is timed", given.c_str());
+        if (words.size() < 2 || s.svg.empty()) usage_error("bench plot: expected FILE... --svg FILE");
+        for (size_t i = 1; i < words.size(); ++i) read_bench_csv(words[i], &bench.rows);
+        replace_file(s.svg, bench_svg(bench.rows));
+        return 0;
+    }
+    s.config.validate("bench");
+    const std::string none = problem();
+    if (!none.empty()) fail("bench: %s", none.c_str());
+    int device = 0;
+    cudaDeviceProp gpu;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaGetDeviceProperties(&gpu, device));
+    printf("%s, %s; %s, %s parameters\n", gpu.name, s.precision.c_str(), name.c_str(),
+           with_commas(ParamTable(s.config).count).c_str());
+    std::vector<std::string> todo = {"ceilings"};
+    if (kind.empty()) todo.push_back("train");
+    else if (kind != "all") todo.push_back(kind);
+    else todo.insert(todo.end(), cases.begin(), cases.end());
+    if (kind.empty() && s.decode_tokens > 0) todo.push_back("decode");
+    for (const std::string& k : todo) {
+        bench.run(k);
+        if (!s.csv.empty()) replace_file(s.csv, bench_csv(bench.rows));
+        if (!s.svg.empty()) replace_file(s.svg, bench_svg(bench.rows));
     }
     return 0;
 }
@@ -3908,7 +4358,7 @@ int main(int argc, char** argv) {
         if (command == "--help" || command == "-h") {
             printf(
                 "transxssm: TransXSSM on an NVIDIA GPU.\n\n%s"
-                "    bench                 time training, evaluation and decoding on this GPU\n"
+                "    bench [CASE]          time training, decoding, kernels and products on this GPU\n"
                 "    candidate ORACLE      every number of a pass on this GPU, for ref_cpu compare\n\n"
                 "transxssm COMMAND --help lists a command's options.\n",
                 model_command_help());

@@ -278,6 +278,47 @@ std::string describe(const Config&, int64 B, int64 T);
 // matrix that multiplies, and three times the forward's scores and values, or state updates and reads.
 double flops_per_token(const Config&, int64 T);
 
+// Curves or stacked bars as SVG: the training loss, and the benchmark's figures. Labels name the colours in a legend on the
+// right. Points that are not finite are left out, and points outside the axes lie on their ends.
+struct Plot {
+    struct Curve {
+        std::string label;                              // "": not in the legend
+        std::vector<std::pair<double, double>> points;  // (x,y)
+        std::string color;                              // "": the next of fourteen
+        double width = 2;                               // 0: no line
+        bool dots = true;
+    };
+    std::string title, x_label, y_label;
+    std::vector<Curve> curves;
+    std::vector<std::string> bars;  // names: x = 0, 1, ... counts them, and the curves are their parts, stacked
+    bool log_x = false;             // powers of 2
+    double x_low = NAN, x_high = NAN, y_low = NAN, y_high = NAN;  // of the axes; NaN: what the points need
+    Plot() = default;
+    Plot(const std::string& t, const std::string& x, const std::string& y) : title(t), x_label(x), y_label(y) {}
+};
+std::string plots_svg(const std::vector<Plot>&);  // one below the other
+
+// A figure of `transxssm bench`: the median time of something, and what was done in that time.
+struct BenchRow {
+    std::string kind, model, what;              // the case ("train"); "320m hybrid", ...; "step", "forward", ...
+    std::string engine = "transxssm";           // who did it
+    int64 B = 0, T = 0;                         // sequences and their tokens (decode: those before the timed one)
+    int64 runs = 0;                             // how many were timed
+    double ms = NAN, ms_25 = NAN, ms_75 = NAN;  // their median and quarter points
+    double tokens = 0, bytes = 0, flops = 0;    // of one run; 0: not counted
+    double memory = 0;                          // bytes that the GPU held
+    double copy_share = NAN, gemm_share = NAN;  // bytes and flops per second over what a copy and a product reach
+    std::string note;                           // why there is no figure
+
+    BenchRow() = default;
+    BenchRow(const std::string& k, const std::string& m, const std::string& w, int64 sequences, int64 length)
+        : kind(k), model(m), what(w), B(sequences), T(length), tokens(double(sequences) * double(length)) {}
+    double tokens_per_s() const { return 1e3 * tokens / ms; }
+};
+std::string bench_csv(const std::vector<BenchRow>&);
+void read_bench_csv(const std::string& path, std::vector<BenchRow>*);  // appends what plots need
+std::string bench_svg(const std::vector<BenchRow>&);
+
 // The commands `sample`, `eval`, `info`, `export` and `import` of ref_cpu and transxssm, on any engine. argv[0] is the command.
 // The first of `precisions` is the engine's default.
 using EngineFactory = std::function<std::unique_ptr<Engine>(const Config&, const std::string& precision)>;

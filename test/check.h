@@ -96,6 +96,35 @@ inline std::string missing_part(const std::string& message, const std::vector<st
 #define CHECK_ERROR(expression, ...) \
     CHECK_EQ(missing_part(error_of([&] { (void)(expression); }), std::vector<std::string>{__VA_ARGS__}), "")
 
+// Every tag closed in order, attributes quoted, no bare & or <, no NaN among the numbers: "" or what is wrong.
+inline std::string xml_problem(const std::string& s) {
+    std::vector<std::string> open_tags;
+    for (size_t i = 0; i < s.size(); ++i) {
+        if (s[i] == '&' && s.compare(i, 4, "&lt;") != 0 && s.compare(i, 4, "&gt;") != 0 &&
+            s.compare(i, 5, "&amp;") != 0)
+            return "a bare &";
+        if (s[i] == '>') return "a bare >";
+        if (s[i] != '<') continue;
+        const size_t end = s.find('>', i);
+        if (end == std::string::npos) return "a tag without end";
+        const std::string tag = s.substr(i + 1, end - i - 1);
+        if (contains(tag, "<")) return "a < inside a tag";
+        if (std::count(tag.begin(), tag.end(), '"') % 2 != 0) return "an open quote in <" + tag + ">";
+        const std::string name = tag.substr(0, tag.find(' '));
+        if (name[0] == '/') {
+            if (open_tags.empty() || "/" + open_tags.back() != name) return "unexpected <" + tag + ">";
+            open_tags.pop_back();
+        } else if (tag.back() != '/') {
+            open_tags.push_back(name);
+        }
+        i = end;
+    }
+    if (!open_tags.empty()) return "<" + open_tags.back() + "> is not closed";
+    for (const char* word : {"nan", "inf"})
+        if (contains(s, word)) return word;
+    return "";
+}
+
 // Whether ./train --device auto takes a GPU.
 inline bool have_gpu() {
 #ifdef WITH_CUDA
