@@ -615,6 +615,8 @@ TEST_CASE("cuda: two runs give the same bits, and a run carried over by its buff
             for (const Buffer b : {Buffer::weights, Buffer::exp_avg, Buffer::exp_avg_sq})
                 e[2]->write(b, read_buffer(*e[1], b).data());
             const auto third = train_steps(*e[2], 3, 3, 65, 1e-3, 4);
+            CHECK(e[0]->gemm_choices().size() > 1);  // the library's version, and at least one product
+            CHECK((e[0]->gemm_choices() == e[1]->gemm_choices()));
             for (size_t i = 0; i < 3; ++i) {
                 CHECK(first[i] == second[i]);
                 CHECK(first[i + 3] == third[i]);
