@@ -30,8 +30,8 @@
 // block, and one more kernel adds those up in order. The order depends on shapes alone.
 //
 // SIZES. Offsets are 64-bit. Matrix products are several times slower where rows do not begin at multiples of 8
-// elements. The widths that often are no such multiple, of the mixer's projection and of the logits, are padded in
-// memory: their rows are ld = padded8(width) elements apart and end in zeros.
+// elements. The widths that often are no such multiple are padded in memory, the mixer's projection to a multiple of 32
+// and the logits to one of 8: their rows are ld elements apart and end in zeros.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -68,6 +68,7 @@ static void check(cudaError_t e, const char* what) {
 static int64 ceil_div(int64 a, int64 b) { return (a + b - 1) / b; }
 static int64 round_up(int64 a, int64 b) { return ceil_div(a, b) * b; }
 static int64 padded8(int64 n) { return round_up(n, 8); }
+static int64 padded32(int64 n) { return round_up(n, 32); }
 
 // Where the time of a step goes (bench): an event after each launch. Off: one test of a pointer.
 struct Profile {
@@ -310,12 +311,12 @@ class Blas {
     }
     // The tiles to prefer over the heuristic's first choice, the best first, if they are on its list and the inner
     // dimension is not split. Found by timing steps of `320m` on an H200 with each algorithm of the list
-    // (docs/cuda.md): products of activations are 4 to 18% faster, and the gradient of [C|B|X|dt] is 6%.
-    static std::vector<int> preferred_tiles(int type_c, int64 M, int64 K) {
+    // (docs/cuda.md): products of activations are 1 to 18% faster, the gradient of [C|B|X|dt] is 6%. Gradients of the
+    // wider matrices of `1.3b` are better off with the first choice.
+    static std::vector<int> preferred_tiles(int type_c, int64 M, int64 N, int64 K) {
         constexpr int64 kMany = 8192;  // tokens: what was timed; decoding, say, is another matter
-        if (type_c == CUDA_R_16BF && M >= kMany)
-            return {CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_304x128};
-        if (type_c == CUDA_R_32F && K >= kMany) return {CUBLASLT_MATMUL_TILE_128x192};
+        if (type_c == CUDA_R_16BF && M >= kMany) return {CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_MATMUL_TILE_128x160};
+        if (type_c == CUDA_R_32F && K >= kMany && N <= 1024) return {CUBLASLT_MATMUL_TILE_128x192};
         return {};
     }
     Plan plan(const Key& key) const {
@@ -355,7 +356,7 @@ class Blas {
                  (long long)M, (long long)N, (long long)M, (long long)K, (long long)K, (long long)N, (long long)ldc,
                  (long long)lda, (long long)ldb, cublasLtGetStatusString(s));
         p.algorithm = found[0].algo;
-        for (const int tile : preferred_tiles(type_c, M, K))
+        for (const int tile : preferred_tiles(type_c, M, N, K))
             for (int i = 0; i < count; ++i)
                 if (attribute(found[i].algo, CUBLASLT_ALGO_CONFIG_TILE_ID) == tile &&
                     attribute(found[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) <= 1) {
@@ -2264,7 +2265,7 @@ struct LayerActivations {
     A* x;                 // (rows,D) input
     float* rstd1;         // (rows)
     A* u1;                // (rows,D) first norm
-    A* proj;              // (rows, ssd_width or attn_width, padded8): C|B|X|dt_raw or q|k|v, rotated in place
+    A* proj;              // (rows, ssd_width or attn_width, padded32): C|B|X|dt_raw or q|k|v, rotated in place
     float *dt, *dA;       // SSD: (rows,H)
     float* chunk_states;  // SSD: (B,H,chunks,P,N)
     float* lse;           // attention: (rows,H)
@@ -2347,7 +2348,7 @@ class Model {
         Memory& b = buffers[int(which)];
         if (b.size() == 0) {
             // and room for the padding of the last matrix's gradient (linear_backward_weight)
-            b.resize(size_t(table.count + 8 * std::max(config.D, config.F)) * sizeof(float), buffer_name(which));
+            b.resize(size_t(table.count + 32 * config.D) * sizeof(float), buffer_name(which));
             CHECK_CUDA(cudaMemsetAsync(b.at(), 0, b.size(), stream));
         }
         return b.at<float>();
@@ -2417,8 +2418,8 @@ class Model {
         cuda::linear_backward_input(blas, d_x, d_y, a.ld, data(a), rows, a.in, kCopy ? a.ld : a.out, scale, stream);
     }
     // With the padding of dy, whose rows of dW lie where the next parameters' gradients are (or, for the last matrix,
-    // behind the buffer's end, where there is room): dy is zero there, so that the product adds zeros to them. Without
-    // the padding the number of rows would be no multiple of 8, and the product would take twice as long.
+    // behind the buffer's end, where there is room): dy is zero there, so that the product adds zeros to them. It is
+    // faster than without the padding, and by a factor of two where `out` is no multiple of 8.
     void linear_backward_weight(const A* d_y, const A* x, const Matrix& a, int64 rows, float scale = 1) {
         cuda::linear_backward_weight(blas, buffers[1].at<float>() + a.master, d_y, a.ld, x, rows, a.in,
                                      kCopy ? a.ld : a.out, scale, stream);
@@ -2479,20 +2480,19 @@ Model<A>::Model(const Config& c, bool recompute_layers)
     CHECK_CUDA(cudaStreamCreate(&stream));
 
     // The matrices, and where their rounded copies lie: 256 bytes apart, so that each begins aligned.
-    const auto add = [&](Param p, int64 layer, int64 out, int64 in, bool pad) {
-        const int64 ld = pad ? padded8(out) : out;
+    const auto add = [&](Param p, int64 layer, int64 out, int64 in, int64 ld) {
         matrices[{layer, p}] = {table.offset(p, layer), copy_count, in, out, ld};
         copy_count += round_up(ld * in, 128);
     };
     for (int64 i = 0; i < c.L; ++i) {
         const bool attention = c.is_attention(i);
-        if (attention) add(Param::q_proj, i, c.attn_width(), c.D, true);
-        else add(Param::c_proj, i, c.ssd_width(), c.D, true);
-        add(attention ? Param::o_proj : Param::out_proj, i, c.D, c.D, false);
-        add(Param::gate_proj, i, 2 * c.F, c.D, false);
-        add(Param::down_proj, i, c.D, c.F, false);
+        if (attention) add(Param::q_proj, i, c.attn_width(), c.D, padded32(c.attn_width()));
+        else add(Param::c_proj, i, c.ssd_width(), c.D, padded32(c.ssd_width()));
+        add(attention ? Param::o_proj : Param::out_proj, i, c.D, c.D, c.D);
+        add(Param::gate_proj, i, 2 * c.F, c.D, 2 * c.F);
+        add(Param::down_proj, i, c.D, c.F, c.D);
     }
-    add(c.tie ? Param::word_embed : Param::lm_head, -1, c.V, c.D, true);
+    add(c.tie ? Param::word_embed : Param::lm_head, -1, c.V, c.D, padded8(c.V));
     if (kCopy) {
         copy.resize(size_t(copy_count) * sizeof(A), "the rounded weights");
         CHECK_CUDA(cudaMemsetAsync(copy.at(), 0, copy.size(), stream));
@@ -2537,7 +2537,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     int64 width = 0;  // the wider of the two projections
     bool any_attention = false, any_ssd = false;
     for (int64 i = 0; i < c.L; ++i) {
-        width = std::max(width, padded8(c.is_attention(i) ? c.attn_width() : c.ssd_width()));
+        width = std::max(width, padded32(c.is_attention(i) ? c.attn_width() : c.ssd_width()));
         (c.is_attention(i) ? any_attention : any_ssd) = true;
     }
     a->take(&tokens, rows);
@@ -2556,7 +2556,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
         a->take(&l.x, rows * D);
         a->take(&l.rstd1, rows);
         a->take(&l.u1, rows * D);
-        a->take(&l.proj, rows * (shared ? width : padded8(attention ? c.attn_width() : c.ssd_width())));
+        a->take(&l.proj, rows * (shared ? width : padded32(attention ? c.attn_width() : c.ssd_width())));
         if (ssd) {
             a->take(&l.dt, rows * H);
             a->take(&l.dA, rows * H);
