@@ -494,10 +494,11 @@ TEST_CASE("cuda: a whole pass, decoding and training steps pass the oracle's own
         // Later options prevail. T is no multiple of Q or of the kernels' chunks, N is not P, V and D are no multiples of 8.
         models.push_back({"oracle", "--layers",  "3",  "--d-model",     "36", "--heads",       "6", "--d-ff",
                           "40",     "--d-state", "10", "--vocab",       "37", "--chunk",       "8", "--batch",
-                          "2",      "--seq-len", "83", "--attn-period", "3",  "--attn-offset", "1"});
+                          "2",      "--seq-len", "83", "--attn-period", "3",  "--attn-offset", "1", "--adamw-steps",
+                          "2"});
         models.back().insert(models.back().end(), words.begin(), words.end());
     };
-    add({"--tie", "true", "--kv-heads", "2"});
+    add({"--tie", "true", "--kv-heads", "2", "--adamw-steps", "10"});
     add({"--tie", "false"});
     add({"--tie", "false", "--kv-heads", "1", "--attn-period", "1", "--attn-offset", "0"});
     add({"--attn-period", "0", "--layers", "2"});
@@ -507,8 +508,8 @@ TEST_CASE("cuda: a whole pass, decoding and training steps pass the oracle's own
     add({"--d-model", "40", "--heads", "5", "--d-state", "8", "--seq-len", "128", "--vocab", "64"});
     add({"--d-model", "128", "--heads", "2", "--d-state", "64", "--d-ff", "320", "--seq-len", "200", "--batch", "1",
          "--chunk", "64"});
-    add({"--d-model", "128", "--heads", "2",  "--d-state",     "128", "--d-ff",   "320", "--seq-len",     "583",
-         "--batch",   "1",   "--chunk", "64", "--adamw-steps", "2",   "--layers", "2",   "--attn-period", "2"});
+    add({"--d-model", "128", "--heads", "2", "--d-state", "128", "--d-ff", "320", "--seq-len", "583", "--batch", "1",
+         "--chunk", "64", "--layers", "2", "--attn-period", "2"});
     for (size_t i = 0; i <= models.size(); ++i) {
         const bool stored = i == models.size();
         const std::string oracle = stored ? std::string(SOURCE_DIR) + "/test/oracle.safetensors" : tmp / "oracle";
