@@ -10,7 +10,7 @@
 //   4  RMSNorm            forward; its backward is part of section 8
 //   5  RoPE
 //   6  attention          tiled, online softmax
-//   7  SSD                one block sweeps the chunks of one (sequence, head), its state in registers
+//   7  SSD                a block sweeps the chunks of one (sequence, head), its state in registers
 //   8  residual           learned skip + dropout + the norm that follows, in one pass over memory
 //   9  SwiGLU
 //  10  cross-entropy      loss and gradient in one pass
@@ -1113,10 +1113,17 @@ static void ssd_step(A* Y, float* S, const A* sc, const A* sb, const A* sx, cons
 // registers: it is cut into units of 16 x 32 numbers, and unit u belongs to warp u % 8 for the whole sweep. C, B, X
 // are read once, Y is written once, and no Q x Q matrix leaves the chip. The chunk length is this kernel's own
 // (SsdTiles::q), since the result does not depend on it; config.Q is for the reference. The backward needs S_in of
-// every chunk: chunk_states (B,H,chunks,P,N) in fp32.
+// every chunk: chunk_states (B,H,chunks,P,N) in A, since it is read as an operand.
 //
 // Tiles are padded: N and P to multiples of 32. A token past the end has C = B = X = 0, dt = 0, dA = 0: it changes
-// nothing. kN and kP, where not 0, fix N and P at compile time, which saves index arithmetic and tests of edges.
+// nothing. These kernels take any shape and both types; 7d is the fast form for the usual ones.
+//
+// C and B in memory are not turned by RoPE yet: that happens on chip.
+struct SsdRope {
+    const float *cos, *sin;  // (positions, N/2), at least kSsdRopeRows; null: no RoPE
+    Position before;
+};
+static constexpr int64 kSsdRopeRows = 65;
 
 static constexpr int kSsdWarps = 8, kSsdThreads = 256;
 
@@ -1153,6 +1160,19 @@ static SsdTiles ssd_tiles(int64 N, int64 P) {
 }
 static int64 ssd_chunks(const SsdTiles& t, int64 T) { return ceil_div(T, t.q); }
 
+// RoPE on a tile's first `rows` rows of N numbers, the first of which stands at `position`. All threads of the block.
+template <class A>
+__device__ inline void rotate_tile(A* tile, int ld, const SsdRope& rope, int64 position, int rows, int N) {
+    const int half = N / 2;
+    for (int i = int(threadIdx.x); i < rows * half; i += int(blockDim.x)) {
+        const int r = i / half, j = i % half;
+        const float a = to_float(tile[r * ld + j]), b = to_float(tile[r * ld + j + half]),
+                    c = rope.cos[(position + r) * half + j], s = rope.sin[(position + r) * half + j];
+        tile[r * ld + j] = from_float<A>(a * c - b * s);
+        tile[r * ld + j + half] = from_float<A>(b * c + a * s);
+    }
+}
+
 // Warp 0: chunk_cumsum and what follows from it. cs_t inclusive; from_in = exp(cs_t); to_end = exp(cs_last - cs_t).
 __device__ inline void chunk_cumsum(float* cs, float* step, float* from_in, float* to_end, const float* dt,
                                     const float* dA, int64 row0, int64 h, int64 H, int valid, int q) {
@@ -1183,13 +1203,13 @@ __device__ inline float chunk_decay(const float* cs, int t, int s) {
 //     G   = M o C B^T dt              (q,q)      rows in strips of 16, columns in groups of 32; nothing above the diagonal
 //     Y   = from_in S_in C + G X      (q,P)
 //     S   = exp(cs_last) S + (to_end dt X)^T B   (P,N)
-template <class A, int SU, int kN, int kP, bool kStateOnly>
-__global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
-    ssd_forward_kernel(A* Y, float* S_T, float* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
-                       const float* dA, const float* S_0, float* log_decays, SsdShape n, SsdTiles tiles,
+template <class A, int SU, bool kStateOnly>
+__global__ void __launch_bounds__(kSsdThreads, 1)
+    ssd_forward_kernel(A* Y, float* S_T, A* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
+                       const float* dA, const float* S_0, SsdRope rope, float* log_decays, SsdShape n, SsdTiles tiles,
                        int64 segments) {
-    const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;  // of the tiles
-    const int real_N = kN ? kN : int(n.N), real_P = kP ? kP : int(n.P);             // of the matrices
+    const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
+    const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* C = reinterpret_cast<A*>(shared);                     // (q,N)
@@ -1244,10 +1264,20 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
         float* at = vectors + turn * 4 * q;
         if (warp == 0) chunk_cumsum(at, at + q, at + 2 * q, at + 3 * q, dt, dA, row0, h, n.H, valid, q);
     };
+    // When a chunk's tiles are complete for all threads.
+    const auto rotate = [&](int64 chunk) {
+        if (chunk >= end_chunk || !rope.cos) return;
+        const int valid = int(min(int64(q), n.T - chunk * q));
+        const int64 position = rope.before.get() + chunk * q;
+        if (!kStateOnly) rotate_tile(C, ldn, rope, position, valid, real_N);
+        rotate_tile(Bs + chunk % 2 * q * ldn, ldn, rope, position, valid, real_N);
+        __syncthreads();  // they are turned
+    };
     float log_decay = 0;  // of the whole segment
     fetch(first_chunk);
     copies_done();
     __syncthreads();  // tiles, vectors and the state operand are complete
+    rotate(first_chunk);
     for (int64 chunk = first_chunk; chunk < end_chunk; ++chunk) {
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
@@ -1312,6 +1342,7 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
             }
         copies_done();
         __syncthreads();  // the next chunk's tiles and vectors and the state operand are complete; Xs has been read
+        rotate(chunk + 1);
     }
     if (kStateOnly && threadIdx.x == 0) log_decays[blockIdx.x] = log_decay;
     if (kStateOnly || (S_T && segment == segments - 1))
@@ -1332,14 +1363,15 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 //     dcs_t = C_t . dC_t - B_t . dB_t;   ddA_u = sum_{t>=u} dcs_t + <S_out, dS>
 //     <S_out, dS> = exp(cs_last) <S_in, dS> + sum_s B_s . (the state's part of dB_s)
 // The dot products use dC and dB in fp32, before they are rounded to A. Sums over the columns of a row come from
-// several units: each writes its own part, and they are added up in order.
-template <class A, int SU, int kN, int kP, bool kStateOnly>
-__global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
+// several units: each writes its own part, and they are added up in order. A unit does not hold both numbers of a
+// pair: dC and dB are left as gradients of the turned C and B, and the kernel of section 5 turns them back.
+template <class A, int SU, bool kStateOnly>
+__global__ void __launch_bounds__(kSsdThreads, 1)
     ssd_backward_kernel(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
-                        const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
-                        const float* chunk_states, float* log_decays, SsdShape n, SsdTiles tiles, int64 segments) {
-    const int q = kN ? 64 : tiles.q, N = kN ? kN : tiles.N, P = kP ? kP : tiles.P;  // of the tiles
-    const int real_N = kN ? kN : int(n.N), real_P = kP ? kP : int(n.P);             // of the matrices
+                        const A* sc, const A* sb, const A* sx, const float* dt, const float* dA, const A* chunk_states,
+                        SsdRope rope, float* log_decays, SsdShape n, SsdTiles tiles, int64 segments) {
+    const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
+    const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
     extern __shared__ __align__(16) unsigned char shared[];
     A* C = reinterpret_cast<A*>(shared);  // (q,N)
@@ -1437,6 +1469,12 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
                 });
         copies_done();
         __syncthreads();  // tiles, vectors, S and dS are complete
+        if (rope.cos) {
+            const int64 position = rope.before.get() + t0;
+            rotate_tile(C, ldn, rope, position, valid, real_N);
+            if (!kStateOnly) rotate_tile(Bt, ldn, rope, position, valid, real_N);
+            __syncthreads();  // C and B are turned
+        }
         if (!kStateOnly) {
             for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
                 const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
@@ -1553,17 +1591,30 @@ __global__ void __launch_bounds__(kSsdThreads, kN && sizeof(A) == 2 ? 2 : 1)
 // a pair are cut into segments, in three launches: each segment's state from a zero start (kStateOnly); the states at
 // the segments' borders, from those; and the full sweep, one block per segment, which now knows where it starts. The
 // backward likewise, from the end. The number of segments follows from the shape alone.
-static constexpr int64 kSsdBlocks = 264;  // two for each multiprocessor of an H100
+static constexpr int64 kSsdBlocks = 132;  // the multiprocessors of an H100
+// Whether the fast kernels are for this type and shape.
+template <class A>
+static bool ssd_fast(const SsdShape& n, const SsdTiles& t) {
+    return !std::is_same<A, float>::value && t.q == 64 && n.P == 64 && (n.N == 64 || n.N == 128) && n.ld % 8 == 0;
+}
+// Whether a segment's state can come from the segment before it in one launch, since there is other work to do until
+// then: only the fast kernels do so.
+template <class A>
+static bool ssd_chained(const SsdShape& n, const SsdTiles& t) {
+    return ssd_fast<A>(n, t) && n.B * n.H * 4 >= kSsdBlocks * 3;
+}
+template <class A>
 static int64 ssd_segments(const SsdShape& n, const SsdTiles& t) {
-    const int64 wanted = n.B * n.H * 2 > kSsdBlocks ? 1 : kSsdBlocks / (n.B * n.H);
-    const int64 chunks = ssd_chunks(t, n.T),
-                per_segment = ceil_div(chunks, std::min(wanted, std::max<int64>(1, chunks / 4)));
+    const int64 pairs = n.B * n.H, chunks = ssd_chunks(t, n.T);
+    const int64 wanted = ssd_chained<A>(n, t) ? 4 : pairs > kSsdBlocks ? 1 : 4 * kSsdBlocks / pairs;
+    const int64 per_segment = ceil_div(chunks, std::min(wanted, std::max<int64>(1, chunks / 4)));
     return ceil_div(chunks, per_segment);  // none is empty
 }
-// Floats of scratch that the segments' states and decays take.
+// Floats of scratch that the segments' states and decays (or flags) take.
+template <class A>
 static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
-    const int64 segments = ssd_segments(n, t);
-    return segments == 1 ? 0 : n.B * n.H * segments * (n.P * n.N + 1);
+    const int64 segments = ssd_segments<A>(n, t);
+    return segments == 1 ? 0 : n.B * n.H * segments * (n.P * n.N + 4);
 }
 // states (B,H,segments,P,N): in, what each segment adds; out, the state at its start (its end, if reverse).
 __global__ void pass_states_kernel(float* states, const float* log_decays, const float* S_0, int64 n, int64 PN,
@@ -1580,52 +1631,816 @@ __global__ void pass_states_kernel(float* states, const float* log_decays, const
     }
 }
 
-// S_T, chunk_states and S_0 may be null: not wanted, or zero. S_0 and S_T may be the same memory.
+// ---- 7d  Chunked, for bf16 with P = 64 and N = 64 or 128 --------------------------------------------------------------
+// The same equations as 7c, arranged so that the chip is never without work. One block of 8 warps per multiprocessor;
+// all of a chunk's work lies between two barriers, because tiles, the state as an operand and the vectors exist twice:
+// during a chunk the next one's tiles arrive and are turned (RoPE). No q x q matrix goes through shared memory: a
+// warp's 16 rows of G leave one product in its accumulators and enter the next as its left operand (Rows). Warps have
+// two roles, so that their different work overlaps:
+//
+//     warps 0-3     16 tokens each, as rows of the (q,q) matrices that are summed over later (forward: earlier) tokens
+//     warps 4-7     16 rows of the state each, in fp32 accumulators; in the backward also the rows of dC
+//
+// ROPE. Products of C and B see differences of positions only. So positions are counted from the chunk's first token,
+// and the angles are the same for all chunks: a table of q rows in shared memory. The state turns along: it is kept
+// as S_local, its rows turned back by the angle of the chunk's first position, and turned by q positions more from chunk
+// to chunk. States that enter or leave (S_0, S_T and at the borders of segments) are turned to position 0's frame,
+// chunk_states stay local.
+//
+// SEGMENTS. A pair's chunks are cut into segments. The tasks (segment, pair) are ordered by segment, block b works on
+// the tasks b, b + blocks, ...: more equal shares than 192 pairs on 132 multiprocessors. The state goes from a
+// segment's task to the next one's through memory (`borders`) with a flag per warp. A task waits for an earlier one
+// only, and no more blocks are started than run at once: no deadlock. With few pairs most blocks would wait; then a
+// sweep that makes only states comes first and pass_states fills `borders`, as in 7c.
+//
+// Per chunk and head at N 128: reads 42 KB, writes Y 8 KB and S_in 16 KB (bf16); 3.7 M operations. Backward: reads
+// 66 KB, writes 41 KB, 9 M operations.
+
+static constexpr int kChunk = 64, kFastP = 64;
+
+// A chunk's vectors of q numbers. log2_cs: log2(e) cs_t; log2_from: log2(dt_s) - log2_cs_s, so that
+// decay(t,s) dt_s = 2^(log2_cs_t + log2_from_s).
+struct SsdVectors {
+    float log2_cs[kChunk], log2_from[kChunk], step[kChunk], from_in[kChunk], to_end[kChunk], into[kChunk];
+};
+// What warps 0-7 know of a chunk's ddt and ddA: row sums, and parts of <S_out, dS>.
+struct SsdDots {
+    float C_dC[kChunk], B_dB[kChunk], X_dXd[kChunk], S_dS[kSsdWarps];
+};
+template <int N>
+struct SsdFast {
+    static constexpr int ldn = N + 8, ldp = kFastP + 8, half = N / 2, ld_angle = half + 8;
+    bf16 C[2][kChunk * ldn], B[2][kChunk * ldn], X[2][kChunk * ldp];
+    bf16 S[2][kFastP * ldn];  // forward: the state as an operand; backward: S_in
+    float cos[(kChunk + 1) * ld_angle], sin[(kChunk + 1) * ld_angle];
+    SsdVectors vectors[2];
+    // Where angle j of a row is: groups of 4, the even ones first, so that neither of the two ways to read them (8
+    // neighbours per thread, or as accumulators lie) meets a bank twice.
+    static __device__ int angle(int row, int j) {
+        return row * ld_angle + j / 8 * 4 + (j % 8 >= 4 ? half / 2 + 4 : 0) + j % 4;
+    }
+};
+template <int N>
+struct SsdFastBackward : SsdFast<N> {
+    bf16 dY[2][kChunk * (kFastP + 8)], dS[2][kFastP * (N + 8)];
+    SsdDots dots[2];
+};
+
+struct SsdTasks {
+    int pairs, H, segments, chunks, per_segment;
+    bool chained;  // a segment's state comes from the task before it, else all borders are known
+};
+// A chunk of a task; next() goes on to the next chunk of this block, in sweep order.
+template <bool kReverse>
+struct SsdPlace {
+    int task, pair, b, h, segment, chunk, first, last;
+    __device__ bool begin(const SsdTasks& n, int t) {
+        task = t;
+        pair = t % n.pairs;
+        b = pair / n.H;
+        h = pair % n.H;
+        segment = kReverse ? n.segments - 1 - t / n.pairs : t / n.pairs;
+        first = segment * n.per_segment;
+        last = min(n.chunks, first + n.per_segment) - 1;
+        chunk = kReverse ? last : first;
+        return t < n.pairs * n.segments;
+    }
+    __device__ bool at_end() const { return chunk == (kReverse ? first : last); }
+    __device__ bool next(const SsdTasks& n) {
+        if (at_end()) return begin(n, task + int(gridDim.x));
+        chunk += kReverse ? -1 : 1;
+        return true;
+    }
+};
+
+__device__ inline void copy16(bf16* to, const bf16* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+// Copies a (q, 8 columns of 8) tile, 2 pieces of 16 bytes per thread.
+__device__ inline void fetch_narrow(bf16* tile, const bf16* from, int64 ld, int valid) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        const int r = int(threadIdx.x) / 8 + 32 * k, c = int(threadIdx.x) % 8 * 8;
+        copy16(tile + r * (kFastP + 8) + c, from + (r < valid ? r * ld : 0) + c, r < valid);
+    }
+}
+// Copies a (q,N) tile. A thread brings both halves of the pairs that it will turn: no barrier between.
+template <int N>
+__device__ inline void fetch_pairs(bf16* tile, const bf16* from, int64 ld, int valid) {
+#pragma unroll
+    for (int k = 0; k < N / 64; ++k) {
+        const int r = int(threadIdx.x) / (N / 16) + k * (4096 / N), j = int(threadIdx.x) % (N / 16) * 8;
+        const bf16* p = from + (r < valid ? r * ld : 0) + j;
+        copy16(tile + r * (N + 8) + j, p, r < valid);
+        copy16(tile + r * (N + 8) + j + N / 2, p + N / 2, r < valid);
+    }
+}
+__device__ inline void rotate8(bf16* lo, bf16* hi, const float (&c)[8], const float (&s)[8]) {
+    float a[8], b[8], ra[8], rb[8];
+    load<8>(a, lo);
+    load<8>(b, hi);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        ra[i] = a[i] * c[i] - b[i] * s[i];
+        rb[i] = b[i] * c[i] + a[i] * s[i];
+    }
+    store<8>(lo, ra);
+    store<8>(hi, rb);
+}
+// Turns what this thread has fetched of C and B; one of them may be null.
+template <int N>
+__device__ inline void rotate_fetched(bf16* C, bf16* B, const SsdFast<N>& m) {
+#pragma unroll
+    for (int k = 0; k < N / 64; ++k) {
+        const int r = int(threadIdx.x) / (N / 16) + k * (4096 / N), j = int(threadIdx.x) % (N / 16) * 8;
+        float c[8], s[8];
+#pragma unroll
+        for (int h = 0; h < 8; h += 4) {
+            float c4[4], s4[4];
+            load<4>(c4, m.cos + m.angle(r, j + h));
+            load<4>(s4, m.sin + m.angle(r, j + h));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                c[h + i] = c4[i];
+                s[h + i] = s4[i];
+            }
+        }
+        const int at = r * (N + 8) + j;
+        if (C) rotate8(C + at, C + at + N / 2, c, s);
+        if (B) rotate8(B + at, B + at + N / 2, c, s);
+    }
+}
+// The table of angles of the positions 0 .. q (all zero without RoPE).
+template <int N>
+__device__ inline void fill_angles(SsdFast<N>& m, const SsdRope& rope) {
+    for (int i = int(threadIdx.x); i < (kChunk + 1) * N / 2; i += int(blockDim.x)) {
+        const int at = m.angle(i / (N / 2), i % (N / 2));
+        m.cos[at] = rope.cos ? rope.cos[i] : 1.0f;
+        m.sin[at] = rope.cos ? rope.sin[i] : 0.0f;
+    }
+}
+// Turns the rows of an accumulator: v[j], v[j + N/2] by angle j. f(h, j, c, s) gives the cosines and sines of j and
+// j + 1 for the row lane/4 + 8 h.
+template <int NT, class F>
+__device__ inline void rotate_rows(Accumulator<NT>& v, float sign, F f) {
+#pragma unroll
+    for (int t = 0; t < NT / 2; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float c[2], s[2];
+            f(h, 8 * t + acc_col(), c, s);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float &a = v.v[t][2 * h + i], &b = v.v[t + NT / 2][2 * h + i];
+                const float ra = a * c[i] - sign * b * s[i], rb = b * c[i] + sign * a * s[i];
+                a = ra;
+                b = rb;
+            }
+        }
+}
+// Sums over the columns of acc o rows: s[0] of row lane/4, s[1] of row lane/4 + 8, this thread's part.
+template <int NT>
+__device__ inline void row_dots(float (&s)[2], const Accumulator<NT>& acc, const Rows<bf16, 8 * NT>& rows) {
+    s[0] = s[1] = 0;
+#pragma unroll
+    for (int k = 0; k < NT / 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float* v = &acc.v[2 * k + i / 2][i % 2 * 2];
+            const float lo = __uint_as_float(rows.r[k][i] << 16), hi = __uint_as_float(rows.r[k][i] & 0xFFFF0000u);
+            s[i % 2] += v[0] * lo + v[1] * hi;
+        }
+}
+// 16 rows of (f o x)^T: columns of x (q tokens, rows `ld` apart), each token scaled by its f.
+__device__ inline void load_scaled_transposed(Rows<bf16, kChunk>& a, const bf16* x, int ld, const float* f) {
+    const int r = lane_id() % 8, m = lane_id() / 8;
+    const bf16* p = x + (r + m / 2 * 8) * ld + m % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+        load_matrices<true>(a.r[k], p + 16 * k * ld);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float w[2];
+            load<2>(w, f + 16 * k + i / 2 * 8 + acc_col());
+            a.r[k][i] = Rows<bf16, kChunk>::pack(w[0] * __uint_as_float(a.r[k][i] << 16),
+                                                 w[1] * __uint_as_float(a.r[k][i] & 0xFFFF0000u));
+        }
+    }
+}
+// Writes 16 rows of an accumulator, rows `ld` apart, those before `valid`.
+template <int NT>
+__device__ inline void write_rows(bf16* to, int64 ld, const Accumulator<NT>& acc, int valid) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int r = acc_row() + 8 * h;
+        if (r < valid)
+#pragma unroll
+            for (int t = 0; t < NT; ++t) store2(to + r * ld + 8 * t + acc_col(), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
+    }
+}
+// One warp's 16 rows of a state, as it enters and leaves: fp32, in position 0's frame.
+template <int N>
+__device__ inline void read_state(Accumulator<N / 8>& state, const float* from, int row, const SsdRope& rope,
+                                  int64 position) {
+    state.zero();
+    if (!from) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int t = 0; t < N / 8; ++t) {
+            const float2 f =
+                __ldcg(reinterpret_cast<const float2*>(from + (row + acc_row() + 8 * h) * N + 8 * t + acc_col()));
+            state.v[t][2 * h] = f.x;
+            state.v[t][2 * h + 1] = f.y;
+        }
+    if (rope.cos)
+        rotate_rows(state, -1.0f, [&](int, int j, float(&c)[2], float(&s)[2]) {
+            load<2>(c, rope.cos + position * (N / 2) + j);
+            load<2>(s, rope.sin + position * (N / 2) + j);
+        });
+}
+template <int N>
+__device__ inline void write_state(float* to, Accumulator<N / 8> state, int row, const SsdRope& rope, int64 position) {
+    if (rope.cos)
+        rotate_rows(state, 1.0f, [&](int, int j, float(&c)[2], float(&s)[2]) {
+            load<2>(c, rope.cos + position * (N / 2) + j);
+            load<2>(s, rope.sin + position * (N / 2) + j);
+        });
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int t = 0; t < N / 8; ++t)
+            store2(to + (row + acc_row() + 8 * h) * N + 8 * t + acc_col(), state.v[t][2 * h], state.v[t][2 * h + 1]);
+}
+// A warp's note to the warp of the next segment's task that goes on with its rows.
+__device__ inline void leave_note(int* flag) {
+    __syncwarp();  // all lanes have written
+    if (lane_id() == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+    }
+}
+__device__ inline void await_note(const int* flag) {
+    int there = 0;
+    while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
+    __syncwarp();
+}
+// All warps of the block, each wherever it is in the program.
+__device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
+// One warp: dt and dA of a chunk, then the vectors. The loads are begun early and used late.
+struct SsdSteps {
+    float dt[2], dA[2];
+    __device__ void load(const float* all_dt, const float* all_dA, int64 at, int64 H, int valid) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int t = lane_id() + 32 * k;
+            dt[k] = t < valid ? all_dt[at + t * H] : 0.0f;
+            dA[k] = t < valid ? all_dA[at + t * H] : 0.0f;
+        }
+    }
+    __device__ void write(SsdVectors& v) const {
+        float cs[2], before = 0;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            cs[k] = dA[k] * kLog2e;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                const float left = __shfl_up_sync(~0u, cs[k], d);
+                if (lane_id() >= d) cs[k] += left;
+            }
+            cs[k] += before;
+            before = __shfl_sync(~0u, cs[k], 31);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int t = lane_id() + 32 * k;
+            const float to_end = exp2f(before - cs[k]);
+            v.log2_cs[t] = cs[k];
+            v.log2_from[t] = log2f(dt[k]) - cs[k];
+            v.step[t] = dt[k];
+            v.from_in[t] = exp2f(cs[k]);
+            v.to_end[t] = to_end;
+            v.into[t] = to_end * dt[k];
+        }
+    }
+};
+// g (16 rows t from `row` on, 32 columns s from `col` on) times decay(t,s) dt_s
+__device__ inline void weigh(Accumulator<4>& g, const SsdVectors& v, int row, int col) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int t = row + acc_row() + 8 * h;
+        const float cs = v.log2_cs[t];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const int s = col + 8 * n + acc_col();
+            float from[2];
+            load<2>(from, v.log2_from + s);
+            g.v[n][2 * h] = s <= t ? exp2_fast(cs + from[0]) * g.v[n][2 * h] : 0.0f;
+            g.v[n][2 * h + 1] = s < t ? exp2_fast(cs + from[1]) * g.v[n][2 * h + 1] : 0.0f;
+        }
+    }
+}
+
+template <int N, bool kStateOnly>
+__global__ void __launch_bounds__(kSsdThreads, 1)
+    ssd_forward_fast_kernel(bf16* Y, float* S_T, bf16* chunk_states, const bf16* sc, const bf16* sb, const bf16* sx,
+                            const float* dt, const float* dA, const float* S_0, SsdRope rope, float* borders,
+                            int* flags, float* log_decays, SsdShape n, SsdTasks tasks) {
+    constexpr int P = kFastP, ldn = N + 8, ldp = P + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    SsdFast<N>& m = *reinterpret_cast<SsdFast<N>*>(shared);
+    const int warp = int(threadIdx.x) / 32, row = warp % 4 * 16;  // of tokens or of the state
+    const int64 pos0 = rope.before.get();
+    using Place = SsdPlace<false>;
+    Place at;
+    bool more = at.begin(tasks, int(blockIdx.x));
+    if (!more) return;
+    const auto row0 = [&](const Place& p) { return p.b * n.T + int64(p.chunk) * kChunk; };
+    const auto valid = [&](const Place& p) { return int(min(int64(kChunk), n.T - int64(p.chunk) * kChunk)); };
+    const auto position = [&](const Place& p) { return pos0 + int64(p.chunk) * kChunk; };
+    const auto fetch = [&](const Place& p, int turn) {
+        const int64 h = p.h, first = row0(p) * n.ld;
+        const int rows = valid(p);
+        if (!kStateOnly) fetch_pairs<N>(m.C[turn], sc + first + h * N, n.ld, rows);
+        fetch_pairs<N>(m.B[turn], sb + first + h * N, n.ld, rows);
+        fetch_narrow(m.X[turn], sx + first + h * P, n.ld, rows);
+    };
+    const auto load_steps = [&](SsdSteps& s, const Place& p) { s.load(dt, dA, row0(p) * n.H + p.h, n.H, valid(p)); };
+    const auto frame_angles = [&](int, int j, float(&c)[2], float(&s)[2]) {  // from a chunk's frame to the next one's
+        load<2>(c, m.cos + m.angle(kChunk, j));
+        load<2>(s, m.sin + m.angle(kChunk, j));
+    };
+    const auto arrived = [&](int turn) {
+        copies_done();
+        rotate_fetched<N>(kStateOnly ? nullptr : m.C[turn], m.B[turn], m);
+    };
+    fill_angles(m, rope);
+    fetch(at, 0);
+    if (warp == 0) {
+        SsdSteps steps;
+        load_steps(steps, at);
+        steps.write(m.vectors[0]);
+    }
+    __syncthreads();  // the angles are there
+    arrived(0);
+    // Calls work(next chunk, turn) for each chunk.
+    const auto sweep = [&](auto work) {
+        for (int turn = 0; more; turn ^= 1) {
+            block_barrier();  // this chunk's tiles, vectors and state are complete; the last one's have been read
+            Place next = at;
+            more = next.next(tasks);
+            if (more) fetch(next, turn ^ 1);
+            work(next, turn);
+            if (more) arrived(turn ^ 1);
+            at = next;
+        }
+    };
+    if (warp < 4) {
+        sweep([&](const Place& next, int turn) {
+            const SsdVectors& v = m.vectors[turn];
+            SsdSteps steps;
+            if (more && warp == 0) load_steps(steps, next);
+            if (!kStateOnly) {
+                Rows<bf16, N> c;
+                c.load(m.C[turn] + row * ldn, ldn);
+                Accumulator<8> y;
+                y.zero();
+                multiply<Layout::transposed>(y, c, m.S[turn], ldn);
+                y.scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
+#pragma unroll
+                for (int u = 0; u < 2; ++u)
+                    if (32 * u <= row + 15) {
+                        Accumulator<4> g;
+                        g.zero();
+                        multiply<Layout::transposed>(g, c, m.B[turn] + 32 * u * ldn, ldn);
+                        weigh(g, v, row, 32 * u);
+                        Rows<bf16, 32> G;
+                        G.take(g, nullptr);
+                        multiply<Layout::plain>(y, G, m.X[turn] + 32 * u * ldp, ldp);
+                    }
+                write_rows(Y + ((row0(at) + row) * n.H + at.h) * P, n.H * P, y, valid(at) - row);
+            }
+            if (more && warp == 0) steps.write(m.vectors[turn ^ 1]);
+        });
+        return;
+    }
+    Accumulator<N / 8> state;
+    float log_decay = 0;
+    const auto enter = [&](const Place& p) {
+        const float* from = kStateOnly ? nullptr : S_0 ? S_0 + int64(p.pair) * P * N : nullptr;
+        const int64 border = int64(p.pair) * tasks.segments + p.segment;
+        if (!kStateOnly && tasks.segments > 1 && (p.segment > 0 || !tasks.chained)) {
+            if (tasks.chained) await_note(flags + 4 * border + warp % 4);
+            from = borders + border * P * N;
+        }
+        read_state<N>(state, from, row, rope, position(p));
+        log_decay = 0;
+    };
+    const auto leave = [&](const Place& p) {
+        const int64 border = int64(p.pair) * tasks.segments + p.segment;
+        if (kStateOnly) {
+            write_state<N>(borders + border * P * N, state, row, rope, position(p));
+            if (threadIdx.x == 128) log_decays[border] = log_decay * kLn2;
+        } else if (p.segment == tasks.segments - 1) {
+            if (S_T) write_state<N>(S_T + int64(p.pair) * P * N, state, row, rope, position(p));
+        } else if (tasks.chained) {
+            write_state<N>(borders + (border + 1) * P * N, state, row, rope, position(p));
+            leave_note(flags + 4 * (border + 1) + warp % 4);
+        }
+    };
+    enter(at);
+    if (!kStateOnly) write_rows(m.S[0] + row * ldn, ldn, state, 16);
+    sweep([&](const Place& next, int turn) {
+        const SsdVectors& v = m.vectors[turn];
+        if (!kStateOnly && chunk_states) {
+            bf16* to = chunk_states + (int64(at.pair) * tasks.chunks + at.chunk) * P * N;
+#pragma unroll
+            for (int i = 0; i < N / 16; ++i) {
+                const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
+                *reinterpret_cast<uint4*>(to + r * N + c) = *reinterpret_cast<const uint4*>(m.S[turn] + r * ldn + c);
+            }
+        }
+        Rows<bf16, kChunk> x;
+        load_scaled_transposed(x, m.X[turn] + row, ldp, v.into);
+        const float all = v.from_in[kChunk - 1];
+        log_decay += v.log2_cs[kChunk - 1];
+        state.scale_rows(all, all);
+        multiply<Layout::plain>(state, x, m.B[turn], ldn);
+        if (at.at_end()) {
+            leave(at);
+            if (more) enter(next);
+        } else {
+            rotate_rows(state, -1.0f, frame_angles);
+        }
+        if (more && !kStateOnly) write_rows(m.S[turn ^ 1] + row * ldn, ldn, state, 16);
+    });
+}
+
+// The backward in the same arrangement; dS goes from the last chunk to the first.
+//     warps 0-3, tokens s:  dXd = to_end B dS^T + (M o G)^T dY,  dB = into X dS + (M o E dt)^T C      with G^T = B C^T,
+//     warps 4-7, tokens t:  dC = from_in dY S_in + (M o E dt) B                                        E^T = X dY^T
+//                           dS_in = exp(cs_last) dS + (from_in dY)^T C
+// E is made twice, once as rows t and once as rows s: cheaper than a transposition through shared memory.
+template <int N, bool kStateOnly>
+__global__ void __launch_bounds__(kSsdThreads, 1)
+    ssd_backward_fast_kernel(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, float* dS_0, const bf16* dY,
+                             const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx, const float* dt,
+                             const float* dA, const bf16* chunk_states, SsdRope rope, float* borders, int* flags,
+                             float* log_decays, SsdShape n, SsdTasks tasks) {
+    constexpr int P = kFastP, ldn = N + 8, ldp = P + 8;
+    extern __shared__ __align__(16) unsigned char shared[];
+    SsdFastBackward<N>& m = *reinterpret_cast<SsdFastBackward<N>*>(shared);
+    const int warp = int(threadIdx.x) / 32, row = warp % 4 * 16;  // of tokens; warps 4-7: also of the state
+    const int64 pos0 = rope.before.get();
+    using Place = SsdPlace<true>;
+    Place at;
+    bool more = at.begin(tasks, int(blockIdx.x));
+    if (!more) return;
+    const auto row0 = [&](const Place& p) { return p.b * n.T + int64(p.chunk) * kChunk; };
+    const auto valid = [&](const Place& p) { return int(min(int64(kChunk), n.T - int64(p.chunk) * kChunk)); };
+    const auto position = [&](const Place& p) { return pos0 + int64(p.chunk) * kChunk; };
+    const auto fetch = [&](const Place& p, int turn) {
+        const int64 h = p.h, first = row0(p);
+        const int rows = valid(p);
+        fetch_pairs<N>(m.C[turn], sc + first * n.ld + h * N, n.ld, rows);
+        fetch_narrow(m.dY[turn], dY + (first * n.H + h) * P, n.H * P, rows);
+        if (kStateOnly) return;
+        fetch_pairs<N>(m.B[turn], sb + first * n.ld + h * N, n.ld, rows);
+        fetch_narrow(m.X[turn], sx + first * n.ld + h * P, n.ld, rows);
+        const bf16* S = chunk_states + (int64(p.pair) * tasks.chunks + p.chunk) * P * N;
+#pragma unroll
+        for (int i = 0; i < P * N / 8 / kSsdThreads; ++i) {
+            const int piece = int(threadIdx.x) + i * kSsdThreads, r = piece / (N / 8), c = piece % (N / 8) * 8;
+            copy16(m.S[turn] + r * ldn + c, S + r * N + c, true);
+        }
+    };
+    const auto load_steps = [&](SsdSteps& s, const Place& p) { s.load(dt, dA, row0(p) * n.H + p.h, n.H, valid(p)); };
+    const auto frame_angles = [&](int, int j, float(&c)[2], float(&s)[2]) {  // from a chunk's frame to the one before
+        load<2>(c, m.cos + m.angle(kChunk, j));
+        load<2>(s, m.sin + m.angle(kChunk, j));
+    };
+    const auto arrived = [&](int turn) {
+        copies_done();
+        rotate_fetched<N>(m.C[turn], kStateOnly ? nullptr : m.B[turn], m);
+    };
+    const auto token_angles = [&](int h, int j, float(&c)[2], float(&s)[2]) {
+        load<2>(c, m.cos + m.angle(row + acc_row() + 8 * h, j));
+        load<2>(s, m.sin + m.angle(row + acc_row() + 8 * h, j));
+    };
+    // One warp, when the dot products of a chunk are complete: ddA_u = <S_out, dS> + sum_{t>=u} (C.dC - B.dB)_t
+    const auto finish = [&](const Place& p, const SsdDots& d) {
+        float later = 0;
+        for (int w = 0; w < kSsdWarps; ++w) later += d.S_dS[w];
+        for (int first = kChunk - 32; first >= 0; first -= 32) {
+            const int t = first + lane_id();
+            float sum = d.C_dC[t] - d.B_dB[t];
+            for (int k = 1; k < 32; k *= 2) {
+                const float right = __shfl_down_sync(~0u, sum, k);
+                if (lane_id() + k < 32) sum += right;
+            }
+            sum += later;
+            later = __shfl_sync(~0u, sum, 0);
+            if (t < valid(p)) {
+                ddt[(row0(p) + t) * n.H + p.h] = d.X_dXd[t];
+                ddA[(row0(p) + t) * n.H + p.h] = sum;
+            }
+        }
+    };
+    fill_angles(m, rope);
+    fetch(at, 0);
+    if (warp == 0) {
+        SsdSteps steps;
+        load_steps(steps, at);
+        steps.write(m.vectors[0]);
+    }
+    __syncthreads();  // the angles are there
+    arrived(0);
+    const int r0 = row + acc_row(), r1 = r0 + 8;
+    const auto put = [&](float* to, float(&s)[2]) {  // row sums, from the 4 threads that share the row
+        s[0] = quad_sum(s[0]);
+        s[1] = quad_sum(s[1]);
+        if (lane_id() % 4 == 0) {
+            to[r0] = s[0];
+            to[r1] = s[1];
+        }
+    };
+    // Calls work(next chunk, turn) for each chunk.
+    Place before = at;
+    int turn = 0;
+    const auto sweep = [&](auto work) {
+        for (bool first = true; more; turn ^= 1, first = false) {
+            block_barrier();  // this chunk's tiles, vectors and dS are complete; the last one's have been read
+            Place next = at;
+            more = next.next(tasks);
+            if (more) fetch(next, turn ^ 1);
+            if (!kStateOnly && !first && warp == 2) finish(before, m.dots[turn ^ 1]);
+            work(next);
+            if (more) arrived(turn ^ 1);
+            before = at;
+            at = next;
+        }
+        block_barrier();  // the last chunk's dot products are complete
+    };
+    if (warp < 4) {
+        sweep([&](const Place& next) {
+            const SsdVectors& v = m.vectors[turn];
+            SsdDots& dots = m.dots[turn];
+            const int rows = valid(at) - row;
+            SsdSteps steps;
+            if (more && warp == 3) load_steps(steps, next);
+            if (!kStateOnly) {
+                Rows<bf16, N> b;
+                Rows<bf16, P> x;
+                b.load(m.B[turn] + row * ldn, ldn);
+                x.load(m.X[turn] + row * ldp, ldp);
+                Rows<bf16, 32> MG[2], ME[2];
+#pragma unroll
+                for (int u = 0; u < 2; ++u)
+                    if (32 * u + 31 >= row) {
+                        Accumulator<4> g, e;
+                        g.zero();
+                        e.zero();
+                        multiply<Layout::transposed>(g, b, m.C[turn] + 32 * u * ldn, ldn);
+                        multiply<Layout::transposed>(e, x, m.dY[turn] + 32 * u * ldp, ldp);
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const int s = r0 + 8 * h;
+                            const float cs = v.log2_cs[s], step = v.step[s];
+#pragma unroll
+                            for (int k = 0; k < 4; ++k)
+#pragma unroll
+                                for (int i = 0; i < 2; ++i) {
+                                    const int t = 32 * u + 8 * k + acc_col() + i;
+                                    const float decay = t >= s ? exp2_fast(v.log2_cs[t] - cs) : 0.0f;
+                                    g.v[k][2 * h + i] *= decay;
+                                    e.v[k][2 * h + i] *= decay * step;
+                                }
+                        }
+                        MG[u].take(g, nullptr);
+                        ME[u].take(e, nullptr);
+                    }
+                float sums[2];
+                {
+                    Accumulator<P / 8> dx;  // dXd
+                    dx.zero();
+                    multiply<Layout::transposed>(dx, b, m.dS[turn], ldn);
+                    dx.scale_rows(v.to_end[r0], v.to_end[r1]);
+#pragma unroll
+                    for (int u = 0; u < 2; ++u)
+                        if (32 * u + 31 >= row) multiply<Layout::plain>(dx, MG[u], m.dY[turn] + 32 * u * ldp, ldp);
+                    row_dots(sums, dx, x);
+                    put(dots.X_dXd, sums);
+                    dx.scale_rows(v.step[r0], v.step[r1]);
+                    write_rows(dsx + (row0(at) + row) * n.ld + at.h * P, n.ld, dx, rows);
+                }
+                Accumulator<N / 8> db;
+                db.zero();
+                multiply<Layout::plain>(db, x, m.dS[turn], ldn);
+                db.scale_rows(v.into[r0], v.into[r1]);
+                row_dots(sums, db, b);
+                const float part = warp_sum(sums[0] + sums[1]);
+                if (lane_id() == 0) dots.S_dS[warp] = part;
+#pragma unroll
+                for (int u = 0; u < 2; ++u)
+                    if (32 * u + 31 >= row) multiply<Layout::plain>(db, ME[u], m.C[turn] + 32 * u * ldn, ldn);
+                row_dots(sums, db, b);
+                put(dots.B_dB, sums);
+                rotate_rows(db, -1.0f, token_angles);
+                write_rows(dsb + (row0(at) + row) * n.ld + at.h * N, n.ld, db, rows);
+            }
+            if (more && warp == 3) steps.write(m.vectors[turn ^ 1]);
+        });
+        if (!kStateOnly && warp == 2) finish(before, m.dots[turn ^ 1]);
+        return;
+    }
+    Accumulator<N / 8> state;  // dS
+    float log_decay = 0;
+    const auto enter = [&](const Place& p) {
+        const float* from = kStateOnly ? nullptr : dS_T ? dS_T + int64(p.pair) * P * N : nullptr;
+        const int64 border = int64(p.pair) * tasks.segments + p.segment;
+        if (!kStateOnly && tasks.segments > 1 && (p.segment < tasks.segments - 1 || !tasks.chained)) {
+            if (tasks.chained) await_note(flags + 4 * border + warp % 4);
+            from = borders + border * P * N;
+        }
+        read_state<N>(state, from, row, rope, position(p));
+        log_decay = 0;
+    };
+    const auto leave = [&](const Place& p) {
+        const int64 border = int64(p.pair) * tasks.segments + p.segment;
+        if (kStateOnly) {
+            write_state<N>(borders + border * P * N, state, row, rope, position(p));
+            if (threadIdx.x == 128) log_decays[border] = log_decay * kLn2;
+        } else if (p.segment == 0) {
+            if (dS_0) write_state<N>(dS_0 + int64(p.pair) * P * N, state, row, rope, position(p));
+        } else if (tasks.chained) {
+            write_state<N>(borders + (border - 1) * P * N, state, row, rope, position(p));
+            leave_note(flags + 4 * (border - 1) + warp % 4);
+        }
+    };
+    enter(at);
+    if (!kStateOnly) write_rows(m.dS[0] + row * ldn, ldn, state, 16);
+    sweep([&](const Place& next) {
+        const SsdVectors& v = m.vectors[turn];
+        SsdDots& dots = m.dots[turn];
+        const int rows = valid(at) - row;
+        if (!kStateOnly) {
+            Rows<bf16, 32> ME[2];
+            Rows<bf16, P> d;
+            d.load(m.dY[turn] + row * ldp, ldp);
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+                if (32 * u <= row + 15) {
+                    Accumulator<4> e;
+                    e.zero();
+                    multiply<Layout::transposed>(e, d, m.X[turn] + 32 * u * ldp, ldp);
+                    weigh(e, v, row, 32 * u);
+                    ME[u].take(e, nullptr);
+                }
+            Accumulator<N / 8> dc;
+            dc.zero();
+            multiply<Layout::plain>(dc, d, m.S[turn], ldn);
+            dc.scale_rows(v.from_in[r0], v.from_in[r1]);
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+                if (32 * u <= row + 15) multiply<Layout::plain>(dc, ME[u], m.B[turn] + 32 * u * ldn, ldn);
+            Rows<bf16, N> c;
+            c.load(m.C[turn] + row * ldn, ldn);
+            float sums[2];
+            row_dots(sums, dc, c);
+            put(dots.C_dC, sums);
+            rotate_rows(dc, -1.0f, token_angles);
+            write_rows(dsc + (row0(at) + row) * n.ld + at.h * N, n.ld, dc, rows);
+            Rows<bf16, N> s;
+            s.load(m.S[turn] + row * ldn, ldn);
+            row_dots(sums, state, s);
+            const float part = warp_sum(sums[0] + sums[1]);
+            if (lane_id() == 0) dots.S_dS[warp] = v.from_in[kChunk - 1] * part;
+        }
+        Rows<bf16, kChunk> scaled;
+        load_scaled_transposed(scaled, m.dY[turn] + row, ldp, v.from_in);
+        const float all = v.from_in[kChunk - 1];
+        log_decay += v.log2_cs[kChunk - 1];
+        state.scale_rows(all, all);
+        multiply<Layout::plain>(state, scaled, m.C[turn], ldn);
+        if (at.at_end()) {
+            leave(at);
+            if (more) enter(next);
+        } else {
+            rotate_rows(state, 1.0f, frame_angles);
+        }
+        if (more && !kStateOnly) write_rows(m.dS[turn ^ 1] + row * ldn, ldn, state, 16);
+    });
+}
+
+// ---- 7c and 7d: the launchers -----------------------------------------------------------------------------------------
+
+static SsdTasks ssd_tasks(const SsdShape& n, const SsdTiles& t, int64 segments, bool chained) {
+    const int64 chunks = ssd_chunks(t, n.T), pairs = n.B * n.H;
+    if (pairs * segments > INT32_MAX / 8) fail("SSD: %lld sequences are too many for one batch", (long long)n.B);
+    return {int(pairs), int(n.H), int(segments), int(chunks), int(ceil_div(chunks, segments)), chained};
+}
+static int64 multiprocessors() {
+    int device = 0, count = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+template <int N>
+static void ssd_forward_fast(bf16* Y, float* S_T, bf16* chunk_states, float* scratch, const bf16* sc, const bf16* sb,
+                             const bf16* sx, const float* dt, const float* dA, const float* S_0, const SsdRope& rope,
+                             const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
+    const int64 segments = ssd_segments<bf16>(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
+    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained<bf16>(n, t));
+    const int64 blocks = std::min(count, multiprocessors());
+    float* after = scratch + count * PN;  // flags or decays
+    int* flags = reinterpret_cast<int*>(after);
+    if (segments > 1 && tasks.chained) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * count) * sizeof(int), stream));
+    if (segments > 1 && !tasks.chained) {
+        launch("ssd_forward", ssd_forward_fast_kernel<N, true>, blocks, kSsdThreads, sizeof(SsdFast<N>), stream,
+               nullptr, nullptr, nullptr, sc, sb, sx, dt, dA, nullptr, rope, scratch, flags, after, n, tasks);
+        launch("ssd_forward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, after, S_0,
+               n.B * n.H * PN, PN, segments, false);
+    }
+    launch("ssd_forward", ssd_forward_fast_kernel<N, false>, blocks, kSsdThreads, sizeof(SsdFast<N>), stream, Y, S_T,
+           chunk_states, sc, sb, sx, dt, dA, S_0, rope, scratch, flags, nullptr, n, tasks);
+}
+template <int N>
+static void ssd_backward_fast(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, float* dS_0, float* scratch,
+                              const bf16* dY, const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx,
+                              const float* dt, const float* dA, const bf16* chunk_states, const SsdRope& rope,
+                              const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
+    const int64 segments = ssd_segments<bf16>(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
+    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained<bf16>(n, t));
+    const int64 blocks = std::min(count, multiprocessors());
+    const size_t shared = sizeof(SsdFastBackward<N>);
+    float* after = scratch + count * PN;
+    int* flags = reinterpret_cast<int*>(after);
+    if (segments > 1 && tasks.chained) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * count) * sizeof(int), stream));
+    if (segments > 1 && !tasks.chained) {
+        launch("ssd_backward", ssd_backward_fast_kernel<N, true>, blocks, kSsdThreads, shared, stream, nullptr, nullptr,
+               nullptr, nullptr, nullptr, nullptr, dY, nullptr, sc, sb, sx, dt, dA, nullptr, rope, scratch, flags,
+               after, n, tasks);
+        launch("ssd_backward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, after, dS_T,
+               n.B * n.H * PN, PN, segments, true);
+    }
+    launch("ssd_backward", ssd_backward_fast_kernel<N, false>, blocks, kSsdThreads, shared, stream, dsc, dsb, dsx, ddt,
+           ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, rope, scratch, flags, nullptr, n, tasks);
+}
+
+// C and B come as the projection made them, and so do their gradients leave: RoPE is inside. S_T, chunk_states and S_0
+// may be null: not wanted, or zero. S_0 and S_T may be the same memory.
 template <class A>
-static void ssd_forward(A* Y, float* S_T, float* chunk_states, float* scratch, const A* sc, const A* sb, const A* sx,
-                        const float* dt, const float* dA, const float* S_0, const SsdShape& n, const SsdTiles& t,
-                        cudaStream_t stream) {
-    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
+static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const A* sc, const A* sb, const A* sx,
+                        const float* dt, const float* dA, const float* S_0, const SsdRope& rope, const SsdShape& n,
+                        const SsdTiles& t, cudaStream_t stream) {
+    if constexpr (!std::is_same<A, float>::value)
+        if (ssd_fast<A>(n, t))
+            return (n.N == 128 ? ssd_forward_fast<128> : ssd_forward_fast<64>)(Y, S_T, chunk_states, scratch, sc, sb,
+                                                                               sx, dt, dA, S_0, rope, n, t, stream);
+    const int64 segments = ssd_segments<A>(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
     const size_t shared = ssd_shared<A>(t, false);
     const bool small = t.units() <= 2 * kSsdWarps;
     if (segments > 1) {
         float* log_decays = scratch + blocks * PN;
-        launch("ssd_forward", small ? ssd_forward_kernel<A, 2, 0, 0, true> : ssd_forward_kernel<A, 8, 0, 0, true>,
-               blocks, kSsdThreads, shared, stream, nullptr, scratch, nullptr, sc, sb, sx, dt, dA, nullptr, log_decays,
-               n, t, segments);
+        launch("ssd_forward", small ? ssd_forward_kernel<A, 2, true> : ssd_forward_kernel<A, 8, true>, blocks,
+               kSsdThreads, shared, stream, nullptr, scratch, nullptr, sc, sb, sx, dt, dA, nullptr, rope, log_decays, n,
+               t, segments);
         launch("ssd_forward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, log_decays,
                S_0, n.B * n.H * PN, PN, segments, false);
         S_0 = scratch;
     }
-    const auto kernel = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_forward_kernel<A, 2, 128, 64, false>
-                        : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_forward_kernel<A, 1, 64, 64, false>
-                        : small                               ? ssd_forward_kernel<A, 2, 0, 0, false>
-                                                              : ssd_forward_kernel<A, 8, 0, 0, false>;
-    launch("ssd_forward", kernel, blocks, kSsdThreads, shared, stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0,
-           nullptr, n, t, segments);
+    launch("ssd_forward", small ? ssd_forward_kernel<A, 2, false> : ssd_forward_kernel<A, 8, false>, blocks,
+           kSsdThreads, shared, stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, rope, nullptr, n, t, segments);
 }
 template <class A>
 static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, float* scratch, const A* dY,
                          const float* dS_T, const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
-                         const float* chunk_states, const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
+                         const A* chunk_states, const SsdRope& turn, const SsdShape& n, const SsdTiles& t,
+                         cudaStream_t stream) {
+    if constexpr (!std::is_same<A, float>::value)
+        if (ssd_fast<A>(n, t))
+            return (n.N == 128 ? ssd_backward_fast<128> : ssd_backward_fast<64>)(dsc, dsb, dsx, ddt, ddA, dS_0, scratch,
+                                                                                 dY, dS_T, sc, sb, sx, dt, dA,
+                                                                                 chunk_states, turn, n, t, stream);
+    const int64 segments = ssd_segments<A>(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
     const size_t shared = ssd_shared<A>(t, true);
     const bool small = t.units() <= 2 * kSsdWarps;
     if (segments > 1) {
         float* log_decays = scratch + blocks * PN;
-        launch("ssd_backward", small ? ssd_backward_kernel<A, 2, 0, 0, true> : ssd_backward_kernel<A, 8, 0, 0, true>,
-               blocks, kSsdThreads, shared, stream, nullptr, nullptr, nullptr, nullptr, nullptr, scratch, dY, nullptr,
-               sc, sb, sx, dt, dA, nullptr, log_decays, n, t, segments);
+        launch("ssd_backward", small ? ssd_backward_kernel<A, 2, true> : ssd_backward_kernel<A, 8, true>, blocks,
+               kSsdThreads, shared, stream, nullptr, nullptr, nullptr, nullptr, nullptr, scratch, dY, nullptr, sc, sb,
+               sx, dt, dA, nullptr, turn, log_decays, n, t, segments);
         launch("ssd_backward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, log_decays,
                dS_T, n.B * n.H * PN, PN, segments, true);
         dS_T = scratch;
     }
-    const auto kernel = t.q == 64 && n.N == 128 && n.P == 64  ? ssd_backward_kernel<A, 2, 128, 64, false>
-                        : t.q == 64 && n.N == 64 && n.P == 64 ? ssd_backward_kernel<A, 1, 64, 64, false>
-                        : small                               ? ssd_backward_kernel<A, 2, 0, 0, false>
-                                                              : ssd_backward_kernel<A, 8, 0, 0, false>;
-    launch("ssd_backward", kernel, blocks, kSsdThreads, shared, stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb,
-           sx, dt, dA, chunk_states, nullptr, n, t, segments);
+    launch("ssd_backward", small ? ssd_backward_kernel<A, 2, false> : ssd_backward_kernel<A, 8, false>, blocks,
+           kSsdThreads, shared, stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, turn,
+           nullptr, n, t, segments);
+    if (turn.cos)
+        for (A* d : {dsc, dsb}) rope(d, turn.cos, turn.sin, n.N, n.B, n.T, n.H, n.ld, turn.before, true, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2262,18 +3077,18 @@ struct Arena {
 // What one layer's forward keeps for its backward, rows = B*T.
 template <class A>
 struct LayerActivations {
-    A* x;                 // (rows,D) input
-    float* rstd1;         // (rows)
-    A* u1;                // (rows,D) first norm
-    A* proj;              // (rows, ssd_width or attn_width, padded32): C|B|X|dt_raw or q|k|v, rotated in place
-    float *dt, *dA;       // SSD: (rows,H)
-    float* chunk_states;  // SSD: (B,H,chunks,P,N)
-    float* lse;           // attention: (rows,H)
-    A* y;                 // (rows,D) heads' outputs
-    A* x_mid;             // (rows,D) after the first residual
-    float* rstd2;         // (rows)
-    A* u2;                // (rows,D) second norm
-    A* gate_up;           // (rows,2F)
+    A* x;             // (rows,D) input
+    float* rstd1;     // (rows)
+    A* u1;            // (rows,D) first norm
+    A* proj;          // (rows, ssd_width or attn_width, padded32): C|B|X|dt_raw, or q|k|v with q and k rotated
+    float *dt, *dA;   // SSD: (rows,H)
+    A* chunk_states;  // SSD: (B,H,chunks,P,N)
+    float* lse;       // attention: (rows,H)
+    A* y;             // (rows,D) heads' outputs
+    A* x_mid;         // (rows,D) after the first residual
+    float* rstd2;     // (rows)
+    A* u2;            // (rows,D) second norm
+    A* gate_up;       // (rows,2F)
 };
 
 template <class A>
@@ -2570,7 +3385,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
         a->take(&l.gate_up, rows * 2 * c.F);
     }
     a->take(&m, rows * D);
-    a->take(&segment_scratch, ssd_scratch({batch, length, H, c.P(), c.N, c.Q, 0}, tiles));
+    a->take(&segment_scratch, ssd_scratch<A>({batch, length, H, c.P(), c.N, c.Q, 0}, tiles));
     if (training) a->take(&x_final, rows * D);
     else x_final = layers[0].x;
     a->take(&u_final, rows * D);
@@ -2644,7 +3459,7 @@ template <class A>
 void Model<A>::extend_rope(int64 positions) {
     if (positions <= rope_positions) return;
     ref::RopeTable<float> qk, cb;
-    qk.extend(config.P(), config.rope_theta, std::max(positions, 2 * rope_positions));
+    qk.extend(config.P(), config.rope_theta, std::max({positions, 2 * rope_positions, kSsdRopeRows}));
     cb.extend(config.N, config.rope_theta, qk.positions);
     CHECK_CUDA(cudaStreamSynchronize(stream));
     ++layout_count;
@@ -2826,7 +3641,8 @@ void Model<A>::decode(CudaState<A>* state) {
     CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
 }
 
-// u1 -> y: one product makes C|B|X|dt_raw or q|k|v side by side; RoPE turns the first two in place.
+// u1 -> y: one product makes C|B|X|dt_raw or q|k|v side by side. RoPE turns q and k in place; C and B stay as they are,
+// the SSD kernels turn them on chip.
 template <class A>
 void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     const Config& c = config;
@@ -2857,7 +3673,6 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
         return;
     }
     A *sc = a.proj, *sb = sc + H * N, *sx = sb + H * N, *dt_raw = sx + H * P;
-    rope(sc, cos_cb, sin_cb, N, B, T, 2 * H, ld, before, false, stream);  // C and B are neighbours
     ssd_dt_forward(a.dt, a.dA, dt_raw, w(Param::dt_bias, i), w(Param::A_log, i), c.ssd_decay, rows, H, ld, stream);
     const SsdShape n{B, T, H, P, N, c.Q, ld};
     see(i, "ssd.dt", a.dt, {B, T, H});
@@ -2865,10 +3680,13 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     float* S = past ? past->S : nullptr;
     Memory final_state;  // training does not need it
     if (probe && !past) final_state.resize(size_t(B * H * P * N) * sizeof(float), "the final state");
-    if (past && T == 1) ssd_step(a.y, S, sc, sb, sx, a.dt, a.dA, n, stream);
-    else
-        ssd_forward(a.y, past ? S : final_state.at<float>(), past ? nullptr : a.chunk_states, segment_scratch, sc, sb,
-                    sx, a.dt, a.dA, S, n, tiles, stream);
+    if (past && T == 1) {
+        rope(sc, cos_cb, sin_cb, N, B, T, 2 * H, ld, before, false, stream);  // C and B are neighbours
+        ssd_step(a.y, S, sc, sb, sx, a.dt, a.dA, n, stream);
+    } else {
+        ssd_forward<A>(a.y, past ? S : final_state.at<float>(), past ? nullptr : a.chunk_states, segment_scratch, sc,
+                       sb, sx, a.dt, a.dA, S, {cos_cb, sin_cb, before}, n, tiles, stream);
+    }
     see(i, "ssd.y", a.y, {B, T, H, P});
     if (!past) see(i, "ssd.final_state", final_state.at<float>(), {B, H, P, N});
 }
@@ -2954,10 +3772,9 @@ void Model<A>::mixer_backward(int64 i) {
             CHECK_CUDA(cudaMemcpy(dS_T.at(), cotangent, dS_T.size(), cudaMemcpyHostToDevice));
         }
         ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, segment_scratch, dy, dS_T.at<float>(), proj, proj + b,
-                        proj + x, a.dt, a.dA, a.chunk_states, n, tiles, stream);
+                        proj + x, a.dt, a.dA, a.chunk_states, {cos_cb, sin_cb, 0}, n, tiles, stream);
         ssd_dt_backward(d + dt, g(Param::dt_bias, i), g(Param::A_log, i), partial, ddt, ddA, proj + dt,
                         w(Param::dt_bias, i), w(Param::A_log, i), a.dA, c.ssd_decay, rows, H, ld, pad, stream);
-        rope(d, cos_cb, sin_cb, N, B, T, 2 * H, ld, 0, true, stream);
         see_gradient(i, "ssd.dA", ddA, {B, T, H});
         if (probe) see_dt_gradient(i);
     }
@@ -3447,36 +4264,50 @@ void ssd_step(Precision precision, float* Y, float* S, const float* sc, const fl
         sd.to(S);
     });
 }
+// RoPE's table on the device; null: none. It needs kSsdRopeRows positions.
+struct Angles {
+    Array<float> cos, sin;
+    int64 pos0;
+    Angles(const ref::RopeTable<float>* t, int64 before)
+        : cos(t ? t->cos.data() : nullptr, t ? int64(t->cos.size()) : 0),
+          sin(t ? t->sin.data() : nullptr, t ? int64(t->sin.size()) : 0),
+          pos0(t ? before : -1) {}
+    operator SsdRope() const { return {pos0 < 0 ? nullptr : (float*)cos, sin, std::max<int64>(0, pos0)}; }
+};
 void ssd_chunked_forward(Precision precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
-                         const float* dt, const float* dA, const float* S_0, const SsdShape& n) {
+                         const float* dt, const float* dA, const float* S_0, const ref::RopeTable<float>* table,
+                         int64 pos0, const SsdShape& n) {
     in_precision(precision, [&](auto a) {
         using A = decltype(a);
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N;
         Array<A> p(sc, rows * n.ld), yd(nullptr, rows * n.H * n.P);
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), st(nullptr, states);
         const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
-        Array<float> scratch(nullptr, ssd_scratch(n, tiles));
+        Array<float> scratch(nullptr, ssd_scratch<A>(n, tiles));
         ssd_forward<A>(yd, st, nullptr, scratch, p, p + (sb - sc), p + (sx - sc), dtd, dAd, S_0 ? (float*)s0 : nullptr,
-                       n, tiles, nullptr);
+                       Angles(table, pos0), n, tiles, nullptr);
+        CHECK_CUDA(cudaDeviceSynchronize());  // before the angles are freed
         yd.to(Y);
         st.to(S_T);
     });
 }
 void ssd_chunked_backward(Precision precision, float* dsc, float* ddt, float* ddA, float* dS_0, const float* dY,
                           const float* dS_T, const float* sc, const float* sb, const float* sx, const float* dt,
-                          const float* dA, const float* S_0, const SsdShape& n) {
+                          const float* dA, const float* S_0, const ref::RopeTable<float>* table, int64 pos0,
+                          const SsdShape& n) {
     in_precision(precision, [&](auto a) {
         using A = decltype(a);
+        const Angles angles(table, pos0);
         const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N, b = sb - sc, x = sx - sc;
         Array<A> p(sc, rows * n.ld), d(nullptr, rows * n.ld), yd(nullptr, rows * n.H * n.P), dYd(dY, rows * n.H * n.P);
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), ds0(nullptr, states), dst(dS_T, states),
-            kept(nullptr, states * ssd_chunks(tiles, n.T)), ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H),
-            scratch(nullptr, ssd_scratch(n, tiles));
-        ssd_forward<A>(yd, nullptr, kept, scratch, p, p + b, p + x, dtd, dAd, S_0 ? (float*)s0 : nullptr, n, tiles,
-                       nullptr);
+            ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H), scratch(nullptr, ssd_scratch<A>(n, tiles));
+        Array<A> kept(nullptr, states * ssd_chunks(tiles, n.T));
+        ssd_forward<A>(yd, nullptr, kept, scratch, p, p + b, p + x, dtd, dAd, S_0 ? (float*)s0 : nullptr, angles, n,
+                       tiles, nullptr);
         ssd_backward<A>(d, d + b, d + x, ddtd, ddAd, ds0, scratch, dYd, dS_T ? (float*)dst : nullptr, p, p + b, p + x,
-                        dtd, dAd, kept, n, tiles, nullptr);
+                        dtd, dAd, kept, angles, n, tiles, nullptr);
         d.to(dsc);
         ddtd.to(ddt);
         ddAd.to(ddA);
@@ -3846,7 +4677,7 @@ static const char* const passes[] = {"forward", "backward", "forward + backward"
 
 // The SSD layer's kernels alone, as training runs them: C, B, X, dt, dA in, Y out; and the gradients of all of these.
 void Bench::ssd() {
-    const int64 H = config.H, N = config.N, P = config.P(), ld = padded8(config.ssd_width());
+    const int64 H = config.H, N = config.N, P = config.P(), ld = padded32(config.ssd_width());
     const std::string model = format("H%lld P%lld N%lld", (long long)H, (long long)P, (long long)N);
     for (const int64 T : lengths)
         for (const int pass : {0, 1, 2})
@@ -3856,15 +4687,19 @@ void Bench::ssd() {
                     const int64 heads = r->B * T * H, b = H * N, x = 2 * H * N;  // heads of all tokens
                     const SsdShape n{r->B, T, H, P, N, config.Q, ld};
                     const SsdTiles tiles = ssd_tiles<A>(N, P);
-                    Random<A> p(r->B * T * ld), d(r->B * T * ld), y(heads * P), dy(heads * P);
+                    Random<A> p(r->B * T * ld), d(r->B * T * ld), y(heads * P), dy(heads * P),
+                        kept(r->B * H * ssd_chunks(tiles, T) * P * N);
                     Random<float> dt(heads, 0.001f, 0.1f), dA(heads, -0.5f, 0), ddt(heads), ddA(heads),
-                        kept(r->B * H * ssd_chunks(tiles, T) * P * N), scratch(ssd_scratch(n, tiles));
+                        scratch(ssd_scratch<A>(n, tiles)), cos(std::max(T, kSsdRopeRows) * N / 2),
+                        sin(std::max(T, kSsdRopeRows) * N / 2);
+                    const SsdRope rope{cos, sin, 0};
                     const auto forward = [&] {
-                        ssd_forward<A>(y, nullptr, kept, scratch, p, p + b, p + x, dt, dA, nullptr, n, tiles, nullptr);
+                        ssd_forward<A>(y, nullptr, kept, scratch, p, p + b, p + x, dt, dA, nullptr, rope, n, tiles,
+                                       nullptr);
                     };
                     const auto backward = [&] {
                         ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, scratch, dy, nullptr, p, p + b, p + x, dt,
-                                        dA, kept, n, tiles, nullptr);
+                                        dA, kept, rope, n, tiles, nullptr);
                     };
                     const double in = double(heads) * double(int64(sizeof(A)) * (2 * N + P) + 8),
                                  out = double(heads * P) * sizeof(A), operations = 4 * double(heads * N * P);
@@ -3882,7 +4717,7 @@ void Bench::ssd() {
 // Attention's kernels alone: q, k, v in, y out; and their gradients. Operations of the backward as is the custom: 5 products,
 // the scores a second time among them, against 2 of the forward.
 void Bench::attention() {
-    const int64 H = config.H, Hkv = config.Hkv, P = config.P(), ld = padded8(config.attn_width());
+    const int64 H = config.H, Hkv = config.Hkv, P = config.P(), ld = padded32(config.attn_width());
     const std::string groups = Hkv < H ? format("/%lld", (long long)Hkv) : "";
     const std::string model = format("H%lld%s P%lld", (long long)H, groups.c_str(), (long long)P);
     for (const int64 T : lengths)
@@ -3936,7 +4771,7 @@ void Bench::gemm() {
             add(BenchRow("gemm", m.name, what[pass], 1, step_tokens), [&](BenchRow* r) {
                 in_precision(precision, [&](auto a) {
                     using A = decltype(a);
-                    const int64 M = step_tokens, ld = padded8(m.out);
+                    const int64 M = step_tokens, ld = m.out == c.V ? padded8(m.out) : padded32(m.out);  // as in Model
                     Blas blas;
                     Random<A> x(M * m.in), w(ld * m.in), y(M * ld);
                     Random<float> dw(m.out * m.in);

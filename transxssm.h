@@ -602,12 +602,15 @@ void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float
 // One token, S advanced in place.
 void ssd_step(Precision, float* Y, float* S, const float* sc, const float* sb, const float* sx, const float* dt,
               const float* dA, const SsdShape&);
+// RoPE of C and B is part of these: angles of `table` (which has at least 65 positions) from position pos0 on; null: none.
 void ssd_chunked_forward(Precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
-                         const float* dt, const float* dA, const float* S_0, const SsdShape&);
+                         const float* dt, const float* dA, const float* S_0, const ref::RopeTable<float>* table,
+                         int64 pos0, const SsdShape&);
 // dsc: the whole buffer of the gradients of sc, sb and sx, which lie in it as those do in theirs.
 void ssd_chunked_backward(Precision, float* dsc, float* ddt, float* ddA, float* dS_0, const float* dY,
                           const float* dS_T, const float* sc, const float* sb, const float* sx, const float* dt,
-                          const float* dA, const float* S_0, const SsdShape&);
+                          const float* dA, const float* S_0, const ref::RopeTable<float>* table, int64 pos0,
+                          const SsdShape&);
 void swiglu_forward(Precision, float* h, const float* gate_up, int64 rows, int64 F);
 void swiglu_backward(Precision, float* dgate_up, const float* dh, const float* gate_up, int64 rows, int64 F);
 // logits, in rows a multiple of 8 apart, become the gradient of the sum of the losses.

@@ -254,60 +254,76 @@ TEST_CASE("cuda: attention of a few queries over a longer cache equals the refer
         }
 }
 
+// RoPE of C and B is part of the GPU's kernels; the reference turns them before and turns their gradients back after.
 TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths, state sizes and head counts") {
     for (const Case& k : precisions)
         for (const int64 T : lengths({1, 63, 64, 65, 131, 583}))  // 583: 10 chunks, cut into segments
             for (const Shape& s :
-                 shapes({{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}}))
-                for (const bool states : {false, true}) {
-                    const int64 B = 2, H = s[0], P = s[1], N = s[2], ld = (2 * H * N + H * P + 7) / 8 * 8, rows = B * T;
-                    CAPTURE(k.name);
-                    CAPTURE(T);
-                    CAPTURE(to_text(s));
-                    CAPTURE(states);
-                    const Tolerance tol = tolerance(k.precision);
-                    const SsdShape n{B, T, H, P, N, 16, ld};
-                    const int64 bo = H * N, xo = 2 * H * N, PN = B * H * P * N;
-                    const auto p = normals(k.precision, "proj", rows * ld),
-                               dY = normals(k.precision, "dY", rows * H * P);
-                    auto dt = normals(Precision::fp32, "dt", rows * H), dA = dt;
-                    for (size_t i = 0; i < dt.size(); ++i) {  // steps of 0.01 to 0.3, decays from fast to slow by head
-                        dt[i] = 0.05f * std::exp(0.8f * dt[i]);
-                        dA[i] = -(1 + 7 * float(i % size_t(H))) * dt[i];
+                 shapes({{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}, {11, 64, 64}}))
+                for (const bool states : {false, true})
+                    for (const int64 pos0 : {-1, 0, 300}) {  // -1: without RoPE
+                        if (pos0 == 0 && states) continue;
+                        const int64 B = s[0] == 11 ? 9 : 2, H = s[0], P = s[1], N = s[2],
+                                    ld = (2 * H * N + H * P + 7) / 8 * 8, rows = B * T;
+                        CAPTURE(k.name);
+                        CAPTURE(T);
+                        CAPTURE(to_text(s));
+                        CAPTURE(states);
+                        CAPTURE(pos0);
+                        const Tolerance tol = tolerance(k.precision);
+                        const SsdShape n{B, T, H, P, N, 16, ld};
+                        const int64 bo = H * N, xo = 2 * H * N, PN = B * H * P * N;
+                        const auto p = normals(k.precision, "proj", rows * ld),
+                                   dY = normals(k.precision, "dY", rows * H * P);
+                        auto dt = normals(Precision::fp32, "dt", rows * H), dA = dt;
+                        for (size_t i = 0; i < dt.size();
+                             ++i) {  // steps of 0.01 to 0.3, decays from fast to slow by head
+                            dt[i] = 0.05f * std::exp(0.8f * dt[i]);
+                            dA[i] = -(1 + 7 * float(i % size_t(H))) * dt[i];
+                        }
+                        const auto S0 = normals(Precision::fp32, "S0", PN, 0.5),
+                                   dST = normals(Precision::fp32, "dST", PN, 0.5);
+                        RopeTable<float> table;
+                        RopeTable<double> truth;
+                        table.extend(N, 10000, 300 + std::max<int64>(T, 65));
+                        truth.extend(N, 10000, 300 + std::max<int64>(T, 65));
+                        auto pd = wide(p);
+                        if (pos0 >= 0) rope(pd.data(), truth, B, T, 2 * H, ld, pos0, false);
+                        const auto dYd = wide(dY), dtd = wide(dt), dAd = wide(dA), S0d = wide(S0), dSTd = wide(dST);
+                        std::vector<double> Y = sized<double>(rows * H * P), ST = sized<double>(PN),
+                                            d = sized<double>(rows * ld), ddt = sized<double>(rows * H), ddA = ddt,
+                                            dS0 = ST, kept = sized<double>(PN * ((T + 15) / 16));
+                        ssd_chunked_forward(Y.data(), ST.data(), kept.data(), pd.data(), pd.data() + bo, pd.data() + xo,
+                                            dtd.data(), dAd.data(), states ? S0d.data() : nullptr, n);
+                        ssd_chunked_backward<double>(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(),
+                                                     dS0.data(), nullptr, dYd.data(), states ? dSTd.data() : nullptr,
+                                                     pd.data(), pd.data() + bo, pd.data() + xo, dtd.data(), dAd.data(),
+                                                     kept.data(), n);
+                        if (pos0 >= 0) rope(d.data(), truth, B, T, 2 * H, ld, pos0, true);
+                        const RopeTable<float>* angles = pos0 >= 0 ? &table : nullptr;
+                        std::vector<float> gY = sized<float>(rows * H * P), gST = sized<float>(PN),
+                                           gd = sized<float>(rows * ld), gddt = sized<float>(rows * H), gddA = gddt,
+                                           gdS0 = gST;
+                        cuda::ssd_chunked_forward(k.precision, gY.data(), gST.data(), p.data(), p.data() + bo,
+                                                  p.data() + xo, dt.data(), dA.data(), states ? S0.data() : nullptr,
+                                                  angles, pos0, n);
+                        CHECK_EQ(compare("Y", gY, Y, tol.product), "");
+                        CHECK_EQ(compare("S_T", gST, ST, tol.product), "");
+                        cuda::ssd_chunked_backward(k.precision, gd.data(), gddt.data(), gddA.data(), gdS0.data(),
+                                                   dY.data(), states ? dST.data() : nullptr, p.data(), p.data() + bo,
+                                                   p.data() + xo, dt.data(), dA.data(), states ? S0.data() : nullptr,
+                                                   angles, pos0, n);
+                        CHECK_EQ(compare("dC", columns(gd, ld, 0, H * N), columns(d, ld, 0, H * N), tol.product), "");
+                        CHECK_EQ(compare("dB", columns(gd, ld, bo, H * N), columns(d, ld, bo, H * N), tol.product), "");
+                        CHECK_EQ(compare("dX", columns(gd, ld, xo, H * P), columns(d, ld, xo, H * P), tol.product), "");
+                        CHECK_EQ(compare("dS_0", gdS0, dS0, tol.product), "");
+                        CHECK_EQ(compare("ddt", gddt, ddt, tol.product), "");
+                        // a token alone with no state before it: its decay multiplies zero
+                        if (T == 1 && !states)
+                            for (const float g : gddA)
+                                CHECK(std::fabs(g) < (k.precision == Precision::fp32 ? 1e-3 : 2.0));
+                        else CHECK_EQ(compare("ddA", gddA, ddA, tol.difference), "");
                     }
-                    const auto S0 = normals(Precision::fp32, "S0", PN, 0.5),
-                               dST = normals(Precision::fp32, "dST", PN, 0.5);
-                    const auto pd = wide(p), dYd = wide(dY), dtd = wide(dt), dAd = wide(dA), S0d = wide(S0),
-                               dSTd = wide(dST);
-                    std::vector<double> Y = sized<double>(rows * H * P), ST = sized<double>(PN),
-                                        d = sized<double>(rows * ld), ddt = sized<double>(rows * H), ddA = ddt,
-                                        dS0 = ST, kept = sized<double>(PN * ((T + 15) / 16));
-                    ssd_chunked_forward(Y.data(), ST.data(), kept.data(), pd.data(), pd.data() + bo, pd.data() + xo,
-                                        dtd.data(), dAd.data(), states ? S0d.data() : nullptr, n);
-                    ssd_chunked_backward<double>(d.data(), d.data() + bo, d.data() + xo, ddt.data(), ddA.data(),
-                                                 dS0.data(), nullptr, dYd.data(), states ? dSTd.data() : nullptr,
-                                                 pd.data(), pd.data() + bo, pd.data() + xo, dtd.data(), dAd.data(),
-                                                 kept.data(), n);
-                    std::vector<float> gY = sized<float>(rows * H * P), gST = sized<float>(PN),
-                                       gd = sized<float>(rows * ld), gddt = sized<float>(rows * H), gddA = gddt,
-                                       gdS0 = gST;
-                    cuda::ssd_chunked_forward(k.precision, gY.data(), gST.data(), p.data(), p.data() + bo,
-                                              p.data() + xo, dt.data(), dA.data(), states ? S0.data() : nullptr, n);
-                    CHECK_EQ(compare("Y", gY, Y, tol.product), "");
-                    CHECK_EQ(compare("S_T", gST, ST, tol.product), "");
-                    cuda::ssd_chunked_backward(k.precision, gd.data(), gddt.data(), gddA.data(), gdS0.data(), dY.data(),
-                                               states ? dST.data() : nullptr, p.data(), p.data() + bo, p.data() + xo,
-                                               dt.data(), dA.data(), states ? S0.data() : nullptr, n);
-                    CHECK_EQ(compare("dC", columns(gd, ld, 0, H * N), columns(d, ld, 0, H * N), tol.product), "");
-                    CHECK_EQ(compare("dB", columns(gd, ld, bo, H * N), columns(d, ld, bo, H * N), tol.product), "");
-                    CHECK_EQ(compare("dX", columns(gd, ld, xo, H * P), columns(d, ld, xo, H * P), tol.product), "");
-                    CHECK_EQ(compare("dS_0", gdS0, dS0, tol.product), "");
-                    CHECK_EQ(compare("ddt", gddt, ddt, tol.product), "");
-                    // a token alone with no state before it: its decay multiplies zero
-                    if (T == 1 && !states)
-                        for (const float g : gddA) CHECK(std::fabs(g) < (k.precision == Precision::fp32 ? 1e-3 : 2.0));
-                    else CHECK_EQ(compare("ddA", gddA, ddA, tol.difference), "");
-                }
 }
 
 TEST_CASE("cuda: the SSD decode step equals the recurrence") {
