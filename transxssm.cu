@@ -1128,7 +1128,8 @@ static constexpr int64 kSsdRopeRows = 65;
 static constexpr int kSsdWarps = 8, kSsdThreads = 256;
 
 struct SsdTiles {
-    int q, N, P;  // chunk length, padded N, padded P
+    int q, N, P;        // chunk length, padded N, padded P
+    bool fast = false;  // whether this GPU takes the kernels of 7d for this type and shape
     int units() const { return P / 16 * (N / 32); }
 };
 
@@ -1141,6 +1142,8 @@ static size_t ssd_shared(const SsdTiles& t, bool backward) {
     const size_t vectors = backward ? 4 + 2 * (N / 32) + P / 32 : 8;
     return sizeof(A) * tiles + sizeof(float) * (vectors * q + 16);
 }
+// Shared memory of the backward kernel of 7d, the greater one.
+static size_t ssd_fast_shared(int64 N);
 // The longest chunk whose tiles fit. The same for forward and backward: both index chunk_states.
 template <class A>
 static SsdTiles ssd_tiles(int64 N, int64 P) {
@@ -1150,7 +1153,8 @@ static SsdTiles ssd_tiles(int64 N, int64 P) {
     CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     for (const int q : {64, 32}) {
         if (N > 512 || P > 512) break;
-        const SsdTiles t{q, int(round_up(N, 32)), int(round_up(P, 32))};
+        const bool usual = !std::is_same<A, float>::value && P == 64 && (N == 64 || N == 128);
+        const SsdTiles t{q, int(round_up(N, 32)), int(round_up(P, 32)), usual && ssd_fast_shared(N) <= size_t(most)};
         if (t.units() <= 8 * kSsdWarps &&
             std::max(ssd_shared<A>(t, true), ssd_shared<A>(t, false)) <= std::min(limit, size_t(most)))
             return t;
@@ -1592,28 +1596,18 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
 // the segments' borders, from those; and the full sweep, one block per segment, which now knows where it starts. The
 // backward likewise, from the end. The number of segments follows from the shape alone.
 static constexpr int64 kSsdBlocks = 132;  // the multiprocessors of an H100
-// Whether the fast kernels are for this type and shape.
-template <class A>
-static bool ssd_fast(const SsdShape& n, const SsdTiles& t) {
-    return !std::is_same<A, float>::value && t.q == 64 && n.P == 64 && (n.N == 64 || n.N == 128) && n.ld % 8 == 0;
-}
 // Whether a segment's state can come from the segment before it in one launch, since there is other work to do until
 // then: only the fast kernels do so.
-template <class A>
-static bool ssd_chained(const SsdShape& n, const SsdTiles& t) {
-    return ssd_fast<A>(n, t) && n.B * n.H * 4 >= kSsdBlocks * 3;
-}
-template <class A>
+static bool ssd_chained(const SsdShape& n, const SsdTiles& t) { return t.fast && n.B * n.H * 4 >= kSsdBlocks * 3; }
 static int64 ssd_segments(const SsdShape& n, const SsdTiles& t) {
     const int64 pairs = n.B * n.H, chunks = ssd_chunks(t, n.T);
-    const int64 wanted = ssd_chained<A>(n, t) ? 4 : pairs > kSsdBlocks ? 1 : 4 * kSsdBlocks / pairs;
+    const int64 wanted = ssd_chained(n, t) ? 4 : pairs > kSsdBlocks ? 1 : 4 * kSsdBlocks / pairs;
     const int64 per_segment = ceil_div(chunks, std::min(wanted, std::max<int64>(1, chunks / 4)));
     return ceil_div(chunks, per_segment);  // none is empty
 }
 // Floats of scratch that the segments' states and decays (or flags) take.
-template <class A>
 static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
-    const int64 segments = ssd_segments<A>(n, t);
+    const int64 segments = ssd_segments(n, t);
     return segments == 1 ? 0 : n.B * n.H * segments * (n.P * n.N + 4);
 }
 // states (B,H,segments,P,N): in, what each segment adds; out, the state at its start (its end, if reverse).
@@ -1685,6 +1679,8 @@ struct SsdFastBackward : SsdFast<N> {
     bf16 dY[2][kChunk * (kFastP + 8)], dS[2][kFastP * (N + 8)];
     SsdDots dots[2];
 };
+
+static size_t ssd_fast_shared(int64 N) { return N == 128 ? sizeof(SsdFastBackward<128>) : sizeof(SsdFastBackward<64>); }
 
 struct SsdTasks {
     int pairs, H, segments, chunks, per_segment;
@@ -2351,8 +2347,8 @@ template <int N>
 static void ssd_forward_fast(bf16* Y, float* S_T, bf16* chunk_states, float* scratch, const bf16* sc, const bf16* sb,
                              const bf16* sx, const float* dt, const float* dA, const float* S_0, const SsdRope& rope,
                              const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const int64 segments = ssd_segments<bf16>(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
-    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained<bf16>(n, t));
+    const int64 segments = ssd_segments(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
+    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained(n, t));
     const int64 blocks = std::min(count, multiprocessors());
     float* after = scratch + count * PN;  // flags or decays
     int* flags = reinterpret_cast<int*>(after);
@@ -2371,8 +2367,8 @@ static void ssd_backward_fast(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float
                               const bf16* dY, const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx,
                               const float* dt, const float* dA, const bf16* chunk_states, const SsdRope& rope,
                               const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const int64 segments = ssd_segments<bf16>(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
-    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained<bf16>(n, t));
+    const int64 segments = ssd_segments(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
+    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained(n, t));
     const int64 blocks = std::min(count, multiprocessors());
     const size_t shared = sizeof(SsdFastBackward<N>);
     float* after = scratch + count * PN;
@@ -2389,17 +2385,18 @@ static void ssd_backward_fast(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float
            ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, rope, scratch, flags, nullptr, n, tasks);
 }
 
-// C and B come as the projection made them, and so do their gradients leave: RoPE is inside. S_T, chunk_states and S_0
+// C and B come as the projection made them, and so do their gradients leave: RoPE is inside. The fast kernels copy 16
+// bytes at a time: sc, sb and sx begin at multiples of 16 bytes, n.ld is a multiple of 8. S_T, chunk_states and S_0
 // may be null: not wanted, or zero. S_0 and S_T may be the same memory.
 template <class A>
 static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const A* sc, const A* sb, const A* sx,
                         const float* dt, const float* dA, const float* S_0, const SsdRope& rope, const SsdShape& n,
                         const SsdTiles& t, cudaStream_t stream) {
     if constexpr (!std::is_same<A, float>::value)
-        if (ssd_fast<A>(n, t))
+        if (t.fast)
             return (n.N == 128 ? ssd_forward_fast<128> : ssd_forward_fast<64>)(Y, S_T, chunk_states, scratch, sc, sb,
                                                                                sx, dt, dA, S_0, rope, n, t, stream);
-    const int64 segments = ssd_segments<A>(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
+    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
     const size_t shared = ssd_shared<A>(t, false);
     const bool small = t.units() <= 2 * kSsdWarps;
     if (segments > 1) {
@@ -2420,11 +2417,11 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
                          const A* chunk_states, const SsdRope& turn, const SsdShape& n, const SsdTiles& t,
                          cudaStream_t stream) {
     if constexpr (!std::is_same<A, float>::value)
-        if (ssd_fast<A>(n, t))
+        if (t.fast)
             return (n.N == 128 ? ssd_backward_fast<128> : ssd_backward_fast<64>)(dsc, dsb, dsx, ddt, ddA, dS_0, scratch,
                                                                                  dY, dS_T, sc, sb, sx, dt, dA,
                                                                                  chunk_states, turn, n, t, stream);
-    const int64 segments = ssd_segments<A>(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
+    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
     const size_t shared = ssd_shared<A>(t, true);
     const bool small = t.units() <= 2 * kSsdWarps;
     if (segments > 1) {
@@ -3385,7 +3382,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
         a->take(&l.gate_up, rows * 2 * c.F);
     }
     a->take(&m, rows * D);
-    a->take(&segment_scratch, ssd_scratch<A>({batch, length, H, c.P(), c.N, c.Q, 0}, tiles));
+    a->take(&segment_scratch, ssd_scratch({batch, length, H, c.P(), c.N, c.Q, 0}, tiles));
     if (training) a->take(&x_final, rows * D);
     else x_final = layers[0].x;
     a->take(&u_final, rows * D);
@@ -4283,7 +4280,7 @@ void ssd_chunked_forward(Precision precision, float* Y, float* S_T, const float*
         Array<A> p(sc, rows * n.ld), yd(nullptr, rows * n.H * n.P);
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), st(nullptr, states);
         const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
-        Array<float> scratch(nullptr, ssd_scratch<A>(n, tiles));
+        Array<float> scratch(nullptr, ssd_scratch(n, tiles));
         ssd_forward<A>(yd, st, nullptr, scratch, p, p + (sb - sc), p + (sx - sc), dtd, dAd, S_0 ? (float*)s0 : nullptr,
                        Angles(table, pos0), n, tiles, nullptr);
         CHECK_CUDA(cudaDeviceSynchronize());  // before the angles are freed
@@ -4302,7 +4299,7 @@ void ssd_chunked_backward(Precision precision, float* dsc, float* ddt, float* dd
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N, b = sb - sc, x = sx - sc;
         Array<A> p(sc, rows * n.ld), d(nullptr, rows * n.ld), yd(nullptr, rows * n.H * n.P), dYd(dY, rows * n.H * n.P);
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), ds0(nullptr, states), dst(dS_T, states),
-            ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H), scratch(nullptr, ssd_scratch<A>(n, tiles));
+            ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H), scratch(nullptr, ssd_scratch(n, tiles));
         Array<A> kept(nullptr, states * ssd_chunks(tiles, n.T));
         ssd_forward<A>(yd, nullptr, kept, scratch, p, p + b, p + x, dtd, dAd, S_0 ? (float*)s0 : nullptr, angles, n,
                        tiles, nullptr);
