@@ -50,7 +50,7 @@ FLAGS    = -std=c++17 $(CXXFLAGS) -ffp-contract=off -fno-math-errno -fno-trappin
 # ---------------------------------------------------------------------------------------------------------------------
 # nvcc on the PATH, or where the toolkit installs it; `make CUDA=0` builds without. The code is for this machine's GPU; where
 # there is none, for compute capability 8.0 and 9.0, with PTX that the driver translates for later ones. CUDA_ARCH=sm_90 says
-# otherwise; several are separated by blanks.
+# otherwise; several are separated by blanks. Code for 9.0 is made as sm_90a, which has the instruction wgmma (attention).
 
 ifneq ($(filter-out clean help format,$(or $(MAKECMDGOALS),all)),)
 ifneq ($(CUDA),0)
@@ -63,7 +63,7 @@ ifeq ($(origin CUDA_ARCH),undefined)
 CUDA_ARCH := $(patsubst %,sm_%,$(sort $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep '^[0-9.]*$$'))))
 endif
 CUDA_TARGETS := $(patsubst sm_%,%,$(or $(CUDA_ARCH),sm_80 sm_90))
-CUDA_CODE    := $(foreach a,$(CUDA_TARGETS),-gencode=arch=compute_$(a),code=sm_$(a)) \
+CUDA_CODE    := $(foreach a,$(CUDA_TARGETS:90=90a),-gencode=arch=compute_$(a),code=sm_$(a)) \
                 $(if $(CUDA_ARCH),,$(foreach a,$(lastword $(CUDA_TARGETS)),-gencode=arch=compute_$(a),code=compute_$(a)))
 # nvcc splits the file and hands the host's part to CXX, with warnings of its own on code that nvcc wrote: hence no -Wpedantic.
 CUDA_FLAGS    = -std=c++17 -O3 $(CUDA_CODE) -ccbin '$(CXX)' -Xcompiler -Wall,-Wextra,-Wshadow \

@@ -709,314 +709,759 @@ static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int
 // ---------------------------------------------------------------------------------------------------------------------
 // 6  Attention: y_t = sum_{s<=t} p_ts v_s,  p_t = softmax_s(q_t . k_s / sqrt(P))
 // ---------------------------------------------------------------------------------------------------------------------
-// Tiles of 64 queries by 64 keys; scores exist on chip only. 4 warps, 16 rows each. Tiles wholly in the future are
-// skipped. kP is P padded to 64 or 128. Compute-bound: 4 P T^2/2 operations per head against 4 P T numbers moved.
+// Scores exist on chip only. A block owns rows of its result, queries or keys, and walks over the rows of the other side
+// that these see: they arrive a tile at a time, the next one during the work on this one, and are worked on a step at a
+// time. Steps wholly in the future are skipped. kP is P padded to 64 or 128.
+//
+// Compute-bound: forward 4 P T^2/2 operations per head, backward 14 P T^2/2, against 4 P T and 8 P T numbers moved.
+// Beside the products stand the exponentials (T^2/2 per head forward, T^2 backward; a multiprocessor makes 16 per cycle)
+// and the reads of shared memory (128 bytes per cycle): a warp that owns 16 rows reads 1 byte for 16 operations, as much
+// as mma.sync can use up; one that owns 32 rows half of that.
 
-static constexpr int kAttentionTile = 64, kAttentionThreads = 128;
-static constexpr int64 kAttentionMaxP = 128;
+// How a kernel is cut up. team: warps that multiply together, 1 (float, mma.sync) or 4 (wgmma, below). A warp owns 16 M
+// rows. tile: rows of the other side per copy; step: at a time. keep: the block's own operands stay in registers, else
+// each product reads them from shared memory. blocks: how many shall share a multiprocessor.
+template <int team_, int M_, int warps_, int tile_, int step_, bool keep_, int blocks_>
+struct Tiling {
+    static constexpr int team = team_, M = M_, tile = tile_, step = step_, blocks = blocks_;
+    static constexpr bool keep = keep_;
+    static constexpr int threads = 32 * warps_, own = 16 * M * warps_, team_rows = 16 * M * team;
+    // The block's rows belong to one team after the other, a team's rows to its warps in turn, 16 at a time.
+    // Lane 0's number, passed to all: the compiler then knows that it is the same for a warp.
+    __device__ static int team_row() { return __shfl_sync(~0u, int(threadIdx.x) / (32 * team), 0) * team_rows; }
+    __device__ static int my_row(int m) { return (m * team + int(threadIdx.x) / 32 % team) * 16; }  // within the team's
+};
 
-// One block per tile of queries of one (sequence, head), the longest first. Shared: tiles of q, and of k and v twice,
-// so that the next ones arrive while these are worked on. Online softmax: `top` is the largest score so far; when it
-// grows, what was summed before is scaled down. Powers of 2 in place of e: scores are multiplied by log2(e) /
-// sqrt(P).
-template <class A, int kP>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, Position before,
-                             float scale) {
-    n.S = before.get() + n.T;
-    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
-    extern __shared__ __align__(16) unsigned char shared[];
-    A* tile_q = reinterpret_cast<A*>(shared);
-    A* tiles_kv = tile_q + kTile * ld;  // k, v, k, v
-    const int warp = int(threadIdx.x) / 32;
-    A* patch = tiles_kv + 4 * kTile * ld + warp * kPatch<A>;
-    const int64 heads = n.B * n.H, tiles = (n.T + kTile - 1) / kTile;
-    const int64 t0 = (tiles - 1 - blockIdx.x / heads) * kTile, b = blockIdx.x % heads / n.H, h = blockIdx.x % n.H;
-    const int64 row0 = b * n.T + t0, first_position = n.S - n.T + t0;
-    const int rows = int(min(int64(kTile), n.T - t0));
-    const int64 keys = first_position + rows;
-    const A* kb = k + b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
-    const A* vb = v + b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
-    const auto load_keys = [&](int64 s0) {  // of the tile that begins at s0, as one group of copies
-        const int count = int(min(int64(kTile), keys - s0));
-        A* to = tiles_kv + s0 / kTile % 2 * 2 * kTile * ld;
-        if (count > 0) {
-            load_tile(to, ld, kb + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
-            load_tile(to + kTile * ld, ld, vb + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
-        }
-        copies_commit();
-    };
-    load_tile(tile_q, ld, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, kTile, int(n.P), kP);
-    load_keys(0);
-    copies_wait<0>();
+// ---- 6a  Tiles and products ------------------------------------------------------------------------------------------
+// Section 2's products again, of M x 16 rows per warp, and in a third form. Hopper's instruction wgmma multiplies 64
+// rows, 16 per warp of a team of four, by a matrix that it reads from shared memory by itself: once for all 64 rows, at
+// twice the rate of mma.sync. Accumulators and operands in registers are laid out as for mma.sync, so that the kernels
+// below are written once. What differs:
+//   - the layout of a tile: panels of 64 columns, rows of 128 bytes, where the eight 16-byte pieces of row r change
+//     places, c -> c ^ r % 8 (the "128-byte swizzle"): eight rows of one column lie in different banks
+//   - products go on in the background. products_wait<n>() returns when all but the n youngest are done; until then
+//     nobody may touch their accumulators, nor overwrite the tiles they read
+//   - wgmma reads shared memory beside the order of ordinary accesses: tiles_arrived() has a fence for it
+// Code for sm_90a has wgmma. In any other these functions are empty, and has_wgmma() keeps them from being called.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WGMMA(...)
+#else
+#define WGMMA(...) __VA_ARGS__
+#endif
+
+// Where element (r,c) of a tile of kRows x kP lies.
+template <class A, int kRows, int kP, int team>
+struct Tile {
+    static constexpr int ld = kP + kTilePad<A>, size = kRows * ld;
+    __device__ static int at(int r, int c) { return r * ld + c; }
+};
+template <int kRows, int kP>
+struct Tile<bf16, kRows, kP, 4> {
+    static constexpr int ld = 64, panel = kRows * ld, size = kP / 64 * panel;
+    __device__ static int at(int r, int c) { return c / 64 * panel + r * ld + ((c / 8 % 8) ^ (r % 8)) * 8 + c % 8; }
+    // Of the operand `offset` elements (a multiple of 8) behind p: the address in units of 16 bytes, 1024 bytes from 8 rows
+    // to the next 8, the swizzle.
+    __device__ static uint64_t describe(const bf16* p, int offset) {
+        const uint32_t address = uint32_t(__cvta_generic_to_shared(p)) / 16 + uint32_t(offset / 8);
+        return uint64_t(address | 1 << 16) | uint64_t(1024 / 16 | 1 << 30) << 32;
+    }
+};
+
+// d (64,64) = a (64,16) b (16,64), or += if `add`. b lies in its tile as it is (plain) or as its transpose. a: fragments
+// in registers, or the description of rows in a tile.
+#define D4(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
+#define D32 D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
+#define WGMMA_D32                                                                                                          \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17," \
+    "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+template <Layout lb>
+__device__ inline void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; " WGMMA_D32 "{%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
+                       : D32
+                       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
+}
+template <Layout lb>
+__device__ inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, bool add) {
+    WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; " WGMMA_D32 "%32, %33, p, 1, 1, 0, %35;}"
+                       : D32
+                       : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
+}
+#undef D4
+#undef D32
+#undef WGMMA_D32
+__device__ inline void wgmma_begin() { WGMMA(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
+__device__ inline void wgmma_commit() { WGMMA(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+template <int team, int later, int NT, int M>
+__device__ inline void products_wait(Accumulator<NT> (&acc)[M]) {
+    if constexpr (team == 4) {
+        WGMMA(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(later) : "memory"));
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int t = 0; t < NT; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    asm volatile("" : "+f"(acc[m].v[t][i])::"memory");  // changes here, not before
+    }
+}
+// All threads' copies are there, for wgmma too.
+template <int team>
+__device__ inline void tiles_arrived() {
+    copies_done();
+    if (team == 4) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
     __syncthreads();
-    Rows<A, kP> rows_q;
-    rows_q.load(tile_q + warp * 16 * ld, ld);
-    const float log2_scale = scale * kLog2e;
+}
 
-    Accumulator<kP / 8> out;
-    out.zero();
-    float top[2] = {-INFINITY, -INFINITY}, z[2] = {0, 0};  // of rows acc_row() and acc_row() + 8
-    for (int64 s0 = 0; s0 < keys; s0 += kTile) {
-        const A* tile_k = tiles_kv + s0 / kTile % 2 * 2 * kTile * ld;
-        load_keys(s0 + kTile);
-        copies_wait<1>();
-        __syncthreads();  // this tile is there for all
-        Accumulator<kTile / 8> score;
-        score.zero();
-        multiply<Layout::transposed>(score, rows_q, tile_k, ld);
-        const int64 position = first_position + warp * 16 + acc_row() - s0;  // keys 0 .. position of this tile are seen
-        if (s0 + kTile > first_position + 1)                                 // else the first query sees all of it
+// acc[m] = a[m] b, or += if `add`. b: the tile's rows from row0 on, as they are (plain) or transposed.
+template <Layout lb, bool add, int kRows, int kP, int K, int NT, int M>
+__device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<float, K> (&a)[M], Tile<float, kRows, kP, 1> b,
+                               const float* tile, int row0) {
 #pragma unroll
-            for (int t = 0; t < kTile / 8; ++t)
+    for (int m = 0; m < M; ++m) {
+        if (!add) acc[m].zero();
+        multiply<Layout::plain, lb>(acc[m], a[m].p, a[m].ld, tile + b.at(row0, 0), b.ld, K);
+    }
+}
+// The fragments of b that `lane` loads for inner dimension 16 k .. and columns 8 t .. are matrix_at(k, t).
+template <Layout lb, int kRows, int kP>
+__device__ inline void load_right(uint32_t (&f)[4], Tile<bf16, kRows, kP, 1> b, const bf16* tile, int row0, int k,
+                                  int t) {
+    const int r = lane_id() % 8, m = lane_id() / 8, low = m % 2 * 8, high = m / 2 * 8;
+    if (lb == Layout::plain) load_matrices<true>(f, tile + b.at(row0 + 16 * k + r + low, 8 * t + high));
+    else load_matrices<false>(f, tile + b.at(row0 + 8 * t + r + high, 16 * k + low));
+}
+template <Layout lb, bool add, int kRows, int kP, int K, int NT, int M>
+__device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&a)[M], Tile<bf16, kRows, kP, 1> b,
+                               const bf16* tile, int row0) {
+    if (!add)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int s = 8 * t + acc_col() + i % 2;
-                    if (s > position + i / 2 * 8 || s >= keys - s0) score.v[t][i] = -INFINITY;
-                }
+        for (int m = 0; m < M; ++m) acc[m].zero();
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float largest = score.v[0][2 * half];
+    for (int k = 0; k < K / 16; ++k)
 #pragma unroll
-            for (int t = 0; t < kTile / 8; ++t)
-                largest = fmaxf(largest, fmaxf(score.v[t][2 * half], score.v[t][2 * half + 1]));
-            largest = fmaxf(top[half], quad_max(largest) * log2_scale);
-            const float shrink = exp2_fast(top[half] - largest);  // the first tile has key 0, which all see: finite
-            top[half] = largest;
-            z[half] *= shrink;
+        for (int t = 0; t < NT; t += 2) {
+            uint32_t f[4];
+            load_right<lb>(f, b, tile, row0, k, t);
 #pragma unroll
-            for (int t = 0; t < kTile / 8; ++t)
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    score.v[t][i] = exp2_fast(score.v[t][i] * log2_scale - largest);
-                    z[half] += score.v[t][i];
-                }
-#pragma unroll
-            for (int t = 0; t < kP / 8; ++t) {
-                out.v[t][2 * half] *= shrink;
-                out.v[t][2 * half + 1] *= shrink;
+            for (int m = 0; m < M; ++m) {
+                mma16816(acc[m].v[t], a[m].r[k], f[0], f[1]);
+                mma16816(acc[m].v[t + 1], a[m].r[k], f[2], f[3]);
             }
         }
-        Rows<A, kTile> p;
-        p.take(score, patch);
-        multiply<Layout::plain>(out, p, tile_k + kTile * ld, ld);
-        __syncthreads();  // the tile has been read: the copies of the next round may overwrite it
+}
+template <Layout lb, bool add, int kRows, int kP, int K, int NT, int M>
+__device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&a)[M], Tile<bf16, kRows, kP, 4> b,
+                               const bf16* tile, int row0) {
+    wgmma_begin();
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int t = 0; t < NT; t += 8)
+#pragma unroll
+            for (int k = 0; k < K / 16; ++k) {
+                const int at =
+                    lb == Layout::plain ? t / 8 * b.panel + 16 * k * b.ld : k / 4 * b.panel + 8 * t * b.ld + k % 4 * 16;
+                wgmma<lb>(acc[m].v + t, a[m].r[k], b.describe(tile + row0 * b.ld, at), add || k > 0);
+            }
+    wgmma_commit();
+}
+
+// The block's own operand, a tile of N::own rows: of each warp 16 M rows, times others transposed: acc[m] = own[m] b^T.
+template <class N, class A, int kP, bool keep>
+struct Own {
+    using TileA = Tile<A, N::own, kP, N::team>;
+    Rows<A, kP> rows[N::M];
+    __device__ void load(const A* tile) {
+#pragma unroll
+        for (int m = 0; m < N::M; ++m) load(rows[m], tile, N::team_row() + N::my_row(m));
     }
+    __device__ static void load(Rows<float, kP>& r, const float* tile, int row) {
+        r.load(tile + TileA::at(row, 0), TileA::ld);
+    }
+    __device__ static void load(Rows<bf16, kP>& r, const bf16* tile, int row) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const float total = quad_sum(z[half]);
-        const int t = warp * 16 + acc_row() + 8 * half;
-        if (t >= rows) continue;
-        if (lane_id() % 4 == 0) lse[(row0 + t) * n.H + h] = top[half] * kLn2 + logf(total);
+        for (int k = 0; k < kP / 16; ++k)
+            load_matrices<false>(r.r[k], tile + TileA::at(row + lane_id() % 16, 16 * k + lane_id() / 16 * 8));
+    }
+    template <class B, int NT>
+    __device__ void times(Accumulator<NT> (&acc)[N::M], B b, const A* tile, int row0) const {
+        product<Layout::transposed, false>(acc, rows, b, tile, row0);
+    }
+};
+template <class N, int kP>
+struct Own<N, bf16, kP, false> {
+    using TileA = Tile<bf16, N::own, kP, N::team>;
+    const bf16* own;  // the team's first row
+    __device__ void load(const bf16* tile) { own = tile + N::team_row() * TileA::ld; }
+    template <int kRows, int NT>
+    __device__ void times(Accumulator<NT> (&acc)[N::M], Tile<bf16, kRows, kP, 1> b, const bf16* tile, int row0) const {
 #pragma unroll
-        for (int c = 0; c < kP / 8; ++c)
-            if (8 * c + acc_col() < n.P)
-                store2(y + (row0 + t) * n.H * n.P + h * n.P + 8 * c + acc_col(), out.v[c][2 * half] / total,
-                       out.v[c][2 * half + 1] / total);
+        for (int m = 0; m < N::M; ++m) acc[m].zero();
+#pragma unroll
+        for (int k = 0; k < kP / 16; ++k) {
+            uint32_t a[N::M][4];
+#pragma unroll
+            for (int m = 0; m < N::M; ++m)
+                load_matrices<false>(a[m], own + TileA::at(N::my_row(m) + lane_id() % 16, 16 * k + lane_id() / 16 * 8));
+#pragma unroll
+            for (int t = 0; t < NT; t += 2) {
+                uint32_t f[4];
+                load_right<Layout::transposed>(f, b, tile, row0, k, t);
+#pragma unroll
+                for (int m = 0; m < N::M; ++m) {
+                    mma16816(acc[m].v[t], a[m], f[0], f[1]);
+                    mma16816(acc[m].v[t + 1], a[m], f[2], f[3]);
+                }
+            }
+        }
+    }
+    template <int kRows, int NT>
+    __device__ void times(Accumulator<NT> (&acc)[N::M], Tile<bf16, kRows, kP, 4> b, const bf16* tile, int row0) const {
+        wgmma_begin();
+#pragma unroll
+        for (int m = 0; m < N::M; ++m)
+#pragma unroll
+            for (int t = 0; t < NT; t += 8)
+#pragma unroll
+                for (int k = 0; k < kP / 16; ++k)
+                    wgmma<Layout::transposed>(
+                        acc[m].v + t, TileA::describe(own, k / 4 * TileA::panel + 64 * m * TileA::ld + k % 4 * 16),
+                        b.describe(tile + row0 * b.ld, k / 4 * b.panel + 8 * t * b.ld + k % 4 * 16), k > 0);
+        wgmma_commit();
+    }
+};
+
+// load_tile of section 2, with all that is known when compiling. Rows past `rows` and columns past P become zero.
+template <int threads, class A, int kRows, int kP, int team>
+__device__ inline void load_tile(Tile<A, kRows, kP, team> to, A* tile, const A* from, int64 ld, int rows, int64 P) {
+    constexpr int W = 16 / int(sizeof(A)), per_row = kP / W, step = threads / per_row;
+    static_assert(threads % per_row == 0 && (team == 1 || step % 8 == 0),
+                  "a thread copies the same place of every step-th row");
+    const bool aligned =
+        (uintptr_t(from) | uintptr_t(ld * int64(sizeof(A))) | uintptr_t(P * int64(sizeof(A)))) % 16 == 0;
+    if (!aligned) {
+        for (int i = int(threadIdx.x); i < kRows * kP; i += threads) {
+            const int r = i / kP, c = i % kP;
+            tile[to.at(r, c)] = r < rows && c < P ? from[r * ld + c] : from_float<A>(0.0f);
+        }
+        return;
+    }
+    const int r0 = int(threadIdx.x) / per_row, c = int(threadIdx.x) % per_row * W;
+    const uint32_t at = uint32_t(__cvta_generic_to_shared(tile + to.at(r0, c)));
+    const bool whole = kRows % step == 0 && rows >= kRows && P == kP;
+    const A* source = from + r0 * ld + c;
+#pragma unroll
+    for (int r = 0; r < kRows; r += step, source += step * ld) {
+        const uint32_t here = at + r * to.ld * int(sizeof(A));
+        if (whole) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(here), "l"(source) : "memory");
+        } else if (r + r0 < kRows) {
+            const bool inside = r + r0 < rows && c < P;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(here), "l"(inside ? source : from),
+                         "r"(inside ? 16 : 0)
+                         : "memory");
+        }
     }
 }
 
-// The backward, in the reference's letters: p again from lse, dp = dy v^T, dz = p (dp - dy.y) / sqrt(P), then
+// Which tile of which (sequence, head) a block has. A few heads walk over all their tiles together, so that what their
+// blocks read stays in the L2 cache; the longest tiles come first.
+struct Work {
+    int tile;
+    int64 head;
+};
+__device__ inline Work my_work(int64 heads, int64 tiles) {
+    constexpr int64 kTogether = 32;
+    const int64 first = blockIdx.x / (kTogether * tiles) * kTogether, i = blockIdx.x - first * tiles;
+    const int64 together = min(kTogether, heads - first);
+    return {int(i / together), first + i % together};
+}
+
+// ---- 6b  Forward -----------------------------------------------------------------------------------------------------
+// One block per tile of queries of one (sequence, head). Shared: own q; tiles of k and v twice. Online softmax in powers
+// of 2: scores are multiplied by log2(e) / sqrt(P), and every power is taken relative to `top`, one number per row. It
+// need not be the largest score: only if a score exceeds it by more than 8 is it raised to the largest so far, and what
+// was summed before scaled down. Until then sums grow by 2^8 at most, which costs no accuracy.
+template <class A, int kP, class N>
+__global__ void __launch_bounds__(N::threads, N::blocks)
+    attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, Position before,
+                             float scale) {
+    constexpr int M = N::M, kStep = N::step;
+    using TileQ = Tile<A, N::own, kP, N::team>;
+    using TileK = Tile<A, N::tile, kP, N::team>;
+    extern __shared__ __align__(1024) unsigned char attention_memory[];
+    A* tile_q = reinterpret_cast<A*>(attention_memory);
+    A* tiles_kv = tile_q + TileQ::size;  // k, v, k, v
+    A* patch = tiles_kv + 4 * TileK::size + int(threadIdx.x) / 32 * kPatch<A>;
+    const int64 tiles = (n.T + N::own - 1) / N::own;
+    const Work work = my_work(n.B * n.H, tiles);
+    const int64 b = work.head / n.H, h = work.head % n.H, t0 = (tiles - 1 - work.tile) * N::own, row0 = b * n.T + t0;
+    const int rows = int(min(int64(N::own), n.T - t0)), first_position = int(before.get() + t0),
+              keys = first_position + rows;
+    const int64 kv0 = b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
+    const auto load_keys = [&](int s0) {  // the tile that begins at key s0
+        const int count = min(N::tile, keys - s0);
+        A* to = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
+        load_tile<N::threads>(TileK(), to, k + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
+        load_tile<N::threads>(TileK(), to + TileK::size, v + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
+    };
+    load_tile<N::threads>(TileQ(), tile_q, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, n.P);
+    load_keys(0);
+    tiles_arrived<N::team>();
+    Own<N, A, kP, N::keep> own_q;
+    own_q.load(tile_q);
+    const float log2_scale = scale * kLog2e;
+    const int team_position = first_position + N::team_row();  // of the team's first query
+
+    Accumulator<kP / 8> out[M];
+    float top[M][2], z[M][2];  // of rows acc_row() and acc_row() + 8; z: this thread's share of the row's sum
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        out[m].zero();
+        top[m][0] = top[m][1] = -INFINITY;
+        z[m][0] = z[m][1] = 0;
+    }
+    for (int s0 = 0; s0 < keys; s0 += N::tile) {
+        tiles_arrived<N::team>();  // this tile's copies are there, and all have read the one before:
+        if (s0 + N::tile < keys) load_keys(s0 + N::tile);  // the next may take its place
+        const A* tile_k = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
+#pragma unroll 1
+        for (int j = 0; j < N::tile; j += kStep) {
+            const int ahead = s0 + j - team_position;  // query i of the team sees keys up to i - ahead of this step
+            if (ahead >= N::team_rows) break;
+            Accumulator<kStep / 8> score[M];
+            own_q.times(score, TileK(), tile_k, j);
+            products_wait<N::team, 0>(score);
+            if (ahead + kStep > 1)  // else the first query sees all of it
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int t = 0; t < kStep / 8; ++t)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            if (ahead + 8 * t + acc_col() + i % 2 > N::my_row(m) + acc_row() + i / 2 * 8)
+                                score[m].v[t][i] = -INFINITY;
+            float largest[M][2];
+            bool grows = false;
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float x = -INFINITY;
+#pragma unroll
+                    for (int t = 0; t < kStep / 8; ++t)
+                        x = fmaxf(x, fmaxf(score[m].v[t][2 * half], score[m].v[t][2 * half + 1]));
+                    largest[m][half] = quad_max(x) * log2_scale;
+                    grows |= largest[m][half] > top[m][half] + 8;
+                }
+            if (__any_sync(
+                    ~0u, grows))  // at the first tile: it has key 0, which all see, so that top is finite from there on
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    float shrink[2];
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const float x = fmaxf(top[m][half], largest[m][half]);
+                        shrink[half] = exp2_fast(top[m][half] - x);
+                        top[m][half] = x;
+                        z[m][half] *= shrink[half];
+                    }
+                    out[m].scale_rows(shrink[0], shrink[1]);
+                }
+            Rows<A, kStep> p[M];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int t = 0; t < kStep / 8; ++t)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        score[m].v[t][i] = exp2_fast(score[m].v[t][i] * log2_scale - top[m][i / 2]);
+                        z[m][i / 2] += score[m].v[t][i];
+                    }
+                p[m].take(score[m], patch);
+            }
+            product<Layout::plain, true>(out, p, TileK(), tile_k + TileK::size, j);
+            products_wait<N::team, 0>(out);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float total = quad_sum(z[m][half]), inverse = 1 / total;
+            const int t = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
+            if (t >= rows) continue;
+            if (lane_id() % 4 == 0) lse[(row0 + t) * n.H + h] = top[m][half] * kLn2 + logf(total);
+#pragma unroll
+            for (int c = 0; c < kP / 8; ++c)
+                if (8 * c + acc_col() < n.P)
+                    store2(y + ((row0 + t) * n.H + h) * n.P + 8 * c + acc_col(), out[m].v[c][2 * half] * inverse,
+                           out[m].v[c][2 * half + 1] * inverse);
+        }
+}
+
+// ---- 6c  Backward ----------------------------------------------------------------------------------------------------
+// In the reference's letters: p again from lse, dp = dy v^T, dz = p (dp - dy.y) / sqrt(P), then
 //     dv = p^T dy     dk = dz^T q     dq = dz k
 // Two kernels, so that every output has one owner and no atomics are needed: one owns keys, one owns queries. Both make
-// p and dp again, 7 products in place of 5.
+// p and dp again, 7 products in place of 5. The alternative, dq's share of every tile of keys written to memory and
+// added up in order, moves T/128 times dq's size in fp32.
 
-// dyy (rows,H) = dy_t . y_t per head, one warp each
-template <class A>
-__global__ void attention_dot_kernel(float* dyy, const A* dy, const A* y, int64 n, int64 P) {
-    const int64 i = int64(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= n) return;
+// stats (B,H,T): log2(e) lse and dy_t . y_t. Eight threads share a row.
+template <class A, int W>
+__global__ void attention_dot_kernel(float2* stats, const A* dy, const A* y, const float* lse, AttentionShape n) {
+    const int64 i = int64(blockIdx.x) * (blockDim.x / 8) + threadIdx.x / 8;  // of a row of y (B,T,H,P)
     float s = 0;
-    for (int64 p = lane_id(); p < P; p += 32) s += to_float(dy[i * P + p]) * to_float(y[i * P + p]);
-    s = warp_sum(s);
-    if (lane_id() == 0) dyy[i] = s;
+    if (i < n.B * n.T * n.H)
+        for (int64 p = threadIdx.x % 8 * W; p < n.P; p += 8 * W) {
+            float a[W], b[W];
+            load<W>(a, dy + i * n.P + p);
+            load<W>(b, y + i * n.P + p);
+#pragma unroll
+            for (int j = 0; j < W; ++j) s += a[j] * b[j];
+        }
+    s = quad_sum(s);
+    s += __shfl_xor_sync(~0u, s, 4);
+    if (threadIdx.x % 8 > 0 || i >= n.B * n.T * n.H) return;
+    const int64 h = i % n.H, t = i / n.H % n.T, b = i / n.H / n.T;
+    stats[(b * n.H + h) * n.T + t] = {lse[i] * kLog2e, s};
 }
 
 // One block per tile of keys of one (sequence, key/value head); it walks over the heads of the group and the queries
-// from the diagonal on. Rows of the accumulators are keys, columns are queries.
-template <class A, int kP>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_backward_kv_kernel(A* dk, A* dv, const A* dy, const A* q, const A* k, const A* v, const float* lse,
-                                 const float* dyy, AttentionShape n, float scale) {
-    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
-    extern __shared__ __align__(16) unsigned char shared[];
-    A* tile_k = reinterpret_cast<A*>(shared);
-    A* tile_v = tile_k + kTile * ld;
-    A* tile_q = tile_v + kTile * ld;
-    A* tile_dy = tile_q + kTile * ld;
-    const int warp = int(threadIdx.x) / 32;
-    A* patch = tile_dy + kTile * ld + warp * kPatch<A>;
-    float* tile_lse = reinterpret_cast<float*>(tile_dy + kTile * ld + 4 * kPatch<A>);  // in powers of 2
-    float* tile_dyy = tile_lse + kTile;
-    const int64 heads = n.B * n.Hkv, group = n.H / n.Hkv;
-    const int64 s0 = blockIdx.x / heads * kTile, b = blockIdx.x % heads / n.Hkv, hkv = blockIdx.x % n.Hkv;
-    const int count = int(min(int64(kTile), n.S - s0));
+// from the diagonal on. Rows of the accumulators are keys, columns are queries. Shared: own k and v; tiles of q, dy and
+// stats twice. Queries past the end are zeros, dy included, and add nothing.
+template <class A, int kP, class N>
+__global__ void __launch_bounds__(N::threads, N::blocks)
+    attention_backward_kv_kernel(A* dk, A* dv, const A* dy, const A* q, const A* k, const A* v, const float2* stats,
+                                 AttentionShape n, float scale) {
+    constexpr int M = N::M, kStep = N::step;
+    using TileQ = Tile<A, N::tile, kP, N::team>;
+    using TileK = Tile<A, N::own, kP, N::team>;
+    extern __shared__ __align__(1024) unsigned char attention_memory[];
+    A* tile_k = reinterpret_cast<A*>(attention_memory);
+    A* tile_v = tile_k + TileK::size;
+    A* tiles_q = tile_v + TileK::size;  // q, dy, q, dy
+    float2* tiles_stats = reinterpret_cast<float2*>(tiles_q + 4 * TileQ::size);
+    A* patch = reinterpret_cast<A*>(tiles_stats + 2 * N::tile) + int(threadIdx.x) / 32 * kPatch<A>;
+    const Work work = my_work(n.B * n.Hkv, (n.S + N::own - 1) / N::own);
+    const int64 b = work.head / n.Hkv, hkv = work.head % n.Hkv, group = n.H / n.Hkv;
+    const int s0 = work.tile * N::own, count = int(min(int64(N::own), n.S - s0)), T = int(n.T), before = int(n.S - n.T);
     const int64 kv0 = b * n.seq_kv + s0 * n.ld_kv + hkv * n.P;
-    load_tile(tile_k, ld, k + kv0, n.ld_kv, count, kTile, int(n.P), kP);
-    load_tile(tile_v, ld, v + kv0, n.ld_kv, count, kTile, int(n.P), kP);
-    const float log2_scale = scale * kLog2e;
-
-    Accumulator<kP / 8> acc_dk, acc_dv;
-    acc_dk.zero();
-    acc_dv.zero();
-    const int64 diagonal = max(int64(0), s0 - (n.S - n.T)) / kTile * kTile;  // the first tile of queries that see s0
-    for (int64 h = hkv * group; h < (hkv + 1) * group; ++h)
-        for (int64 t0 = diagonal; t0 < n.T; t0 += kTile) {
-            const int rows = int(min(int64(kTile), n.T - t0));
-            const int64 row0 = b * n.T + t0;
-            __syncthreads();  // the tiles of the round before have been read
-            load_tile(tile_q, ld, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, kTile, int(n.P), kP);
-            load_tile(tile_dy, ld, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, kTile, int(n.P), kP);
-            for (int t = int(threadIdx.x); t < kTile; t += kAttentionThreads) {  // past the end: p = 2^-inf = 0
-                tile_lse[t] = t < rows ? lse[(row0 + t) * n.H + h] * kLog2e : INFINITY;
-                tile_dyy[t] = t < rows ? dyy[(row0 + t) * n.H + h] : 0;
-            }
-            copies_done();
-            __syncthreads();
-            Accumulator<kTile / 8> p, dz;
-            p.zero();
-            multiply<Layout::plain, Layout::transposed>(p, tile_k + warp * 16 * ld, ld, tile_q, ld, kP);
-            const int64 first_position = n.S - n.T + t0 - s0;  // query t of the tile sees keys 0 .. first_position + t
-            const bool whole = first_position >= kTile - 1;    // all queries see all keys of the tile
-#pragma unroll
-            for (int c = 0; c < kTile / 8; ++c)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int t = 8 * c + acc_col() + i % 2;
-                    p.v[c][i] = exp2_fast(p.v[c][i] * log2_scale - tile_lse[t]);
-                    if (!whole && warp * 16 + acc_row() + i / 2 * 8 > first_position + t) p.v[c][i] = 0;
-                }
-            Rows<A, kTile> operand;
-            operand.take(p, patch);
-            multiply<Layout::plain>(acc_dv, operand, tile_dy, ld);
-            dz.zero();
-            multiply<Layout::plain, Layout::transposed>(dz, tile_v + warp * 16 * ld, ld, tile_dy, ld, kP);
-#pragma unroll
-            for (int c = 0; c < kTile / 8; ++c)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) dz.v[c][i] = p.v[c][i] * (dz.v[c][i] - tile_dyy[8 * c + acc_col() + i % 2]);
-            operand.take(dz, patch);
-            multiply<Layout::plain>(acc_dk, operand, tile_q, ld);
+    load_tile<N::threads>(TileK(), tile_k, k + kv0, n.ld_kv, count, n.P);
+    load_tile<N::threads>(TileK(), tile_v, v + kv0, n.ld_kv, count, n.P);
+    const int diagonal = max(0, s0 - before) / N::tile * N::tile;  // the first tile of queries that see s0
+    const int rounds = max(0, (T - diagonal + N::tile - 1) / N::tile), all = rounds * int(group);
+    const auto load_queries = [&](int round) {
+        const int64 h = hkv * group + round / rounds;
+        const int t0 = diagonal + round % rounds * N::tile, rows = min(N::tile, T - t0);
+        const int64 row0 = b * n.T + t0;
+        A* to = tiles_q + round % 2 * 2 * TileQ::size;
+        load_tile<N::threads>(TileQ(), to, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, n.P);
+        load_tile<N::threads>(TileQ(), to + TileQ::size, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, n.P);
+        const float2* from = stats + (b * n.H + h) * n.T + t0;
+        for (int t = int(threadIdx.x); t < N::tile; t += N::threads) {
+            const uint32_t at = uint32_t(__cvta_generic_to_shared(tiles_stats + round % 2 * N::tile + t));
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(at), "l"(from + (t < rows ? t : 0)),
+                         "r"(t < rows ? 8 : 0)
+                         : "memory");
         }
-    copies_done();  // of k and v, if no query followed
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int s = warp * 16 + acc_row() + 8 * half;
-        if (s >= count) continue;
-#pragma unroll
-        for (int c = 0; c < kP / 8; ++c)
-            if (8 * c + acc_col() < n.P) {
-                const int64 at = kv0 + s * n.ld_kv + 8 * c + acc_col();
-                store2(dk + at, acc_dk.v[c][2 * half] * scale, acc_dk.v[c][2 * half + 1] * scale);
-                store2(dv + at, acc_dv.v[c][2 * half], acc_dv.v[c][2 * half + 1]);
-            }
-    }
-}
-
-// One block per tile of queries of one (sequence, head). Rows of the accumulators are queries, columns are keys.
-template <class A, int kP>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_backward_q_kernel(A* dq, const A* dy, const A* q, const A* k, const A* v, const float* lse,
-                                const float* dyy, AttentionShape n, float scale) {
-    constexpr int kTile = kAttentionTile, ld = kP + kTilePad<A>;
-    extern __shared__ __align__(16) unsigned char shared[];
-    A* tile_q = reinterpret_cast<A*>(shared);
-    A* tile_dy = tile_q + kTile * ld;
-    A* tile_k = tile_dy + kTile * ld;
-    A* tile_v = tile_k + kTile * ld;
-    const int warp = int(threadIdx.x) / 32;
-    A* patch = tile_v + kTile * ld + warp * kPatch<A>;
-    const int64 heads = n.B * n.H, tiles = (n.T + kTile - 1) / kTile;
-    const int64 t0 = (tiles - 1 - blockIdx.x / heads) * kTile, b = blockIdx.x % heads / n.H, h = blockIdx.x % n.H;
-    const int64 row0 = b * n.T + t0, first_position = n.S - n.T + t0;
-    const int rows = int(min(int64(kTile), n.T - t0));
-    const int64 keys = first_position + rows, kv0 = b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
-    load_tile(tile_q, ld, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, kTile, int(n.P), kP);
-    load_tile(tile_dy, ld, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, kTile, int(n.P), kP);
+    };
+    if (all > 0) load_queries(0);
+    tiles_arrived<N::team>();
+    Own<N, A, kP, N::keep> own_k, own_v;
+    own_k.load(tile_k);
+    own_v.load(tile_v);
     const float log2_scale = scale * kLog2e;
-    float l[2], d[2];  // of rows acc_row() and acc_row() + 8
+
+    Accumulator<kP / 8> acc_dk[M], acc_dv[M];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int t = warp * 16 + acc_row() + 8 * half;
-        l[half] = t < rows ? lse[(row0 + t) * n.H + h] * kLog2e : INFINITY;
-        d[half] = t < rows ? dyy[(row0 + t) * n.H + h] : 0;
+    for (int m = 0; m < M; ++m) {
+        acc_dk[m].zero();
+        acc_dv[m].zero();
     }
-    Accumulator<kP / 8> out;
-    out.zero();
-    for (int64 s0 = 0; s0 < keys; s0 += kTile) {
-        const int count = int(min(int64(kTile), keys - s0));
-        __syncthreads();
-        load_tile(tile_k, ld, k + kv0 + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
-        load_tile(tile_v, ld, v + kv0 + s0 * n.ld_kv, n.ld_kv, count, kTile, int(n.P), kP);
-        copies_done();
-        __syncthreads();
-        Accumulator<kTile / 8> z, dz;
-        z.zero();
-        dz.zero();
-        multiply<Layout::plain, Layout::transposed>(z, tile_q + warp * 16 * ld, ld, tile_k, ld, kP);
-        multiply<Layout::plain, Layout::transposed>(dz, tile_dy + warp * 16 * ld, ld, tile_v, ld, kP);
-        const int64 position = first_position + warp * 16 + acc_row() - s0;
-        const bool whole = s0 + kTile <= first_position + 1;  // the first query sees all of the tile
+    for (int round = 0; round < all; ++round) {
+        tiles_arrived<N::team>();  // as in the forward
+        if (round + 1 < all) load_queries(round + 1);
+        const int t0 = diagonal + round % rounds * N::tile;
+        const A* tile_q = tiles_q + round % 2 * 2 * TileQ::size;
+        const A* tile_dy = tile_q + TileQ::size;
+#pragma unroll 1
+        for (int j = 0; j < N::tile; j += kStep) {
+            const int ahead =
+                s0 + N::team_row() - (before + t0 + j);  // key i of the team is seen by queries i + ahead on
+            if (ahead >= kStep) continue;
+            const float* stat = reinterpret_cast<const float*>(tiles_stats + round % 2 * N::tile + j + acc_col());
+            Accumulator<kStep / 8> p[M], dz[M];
+            own_k.times(p, TileQ(), tile_q, j);
+            own_v.times(dz, TileQ(), tile_dy, j);
+            products_wait<N::team, 1>(p);
 #pragma unroll
-        for (int c = 0; c < kTile / 8; ++c)
+            for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float p = exp2_fast(z.v[c][i] * log2_scale - l[i / 2]);
-                dz.v[c][i] = p * (dz.v[c][i] - d[i / 2]);
-                if (!whole && 8 * c + acc_col() + i % 2 > position + i / 2 * 8) dz.v[c][i] = 0;
+                for (int c = 0; c < kStep / 8; ++c)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        p[m].v[c][i] = exp2_fast(p[m].v[c][i] * log2_scale - stat[16 * c + i % 2 * 2]);
+            if (ahead + N::team_rows > 1)  // else the first query sees all of the team's keys
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int c = 0; c < kStep / 8; ++c)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            if (ahead + N::my_row(m) + acc_row() + i / 2 * 8 > 8 * c + acc_col() + i % 2)
+                                p[m].v[c][i] = 0;
+            Rows<A, kStep> operand_p[M], operand_dz[M];
+#pragma unroll
+            for (int m = 0; m < M; ++m) operand_p[m].take(p[m], patch);
+            product<Layout::plain, true>(acc_dv, operand_p, TileQ(), tile_dy, j);
+            products_wait<N::team, 1>(dz);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int c = 0; c < kStep / 8; ++c)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        dz[m].v[c][i] = p[m].v[c][i] * (dz[m].v[c][i] - stat[16 * c + i % 2 * 2 + 1]);
+                operand_dz[m].take(dz[m], patch);
             }
-        Rows<A, kTile> operand;
-        operand.take(dz, patch);
-        multiply<Layout::plain>(out, operand, tile_k, ld);
+            product<Layout::plain, true>(acc_dk, operand_dz, TileQ(), tile_q, j);
+            products_wait<N::team, 0>(acc_dv);
+            products_wait<N::team, 0>(acc_dk);
+        }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int t = warp * 16 + acc_row() + 8 * half;
-        if (t >= rows) continue;
+    for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int c = 0; c < kP / 8; ++c)
-            if (8 * c + acc_col() < n.P)
-                store2(dq + (row0 + t) * n.ld_q + h * n.P + 8 * c + acc_col(), out.v[c][2 * half] * scale,
-                       out.v[c][2 * half + 1] * scale);
-    }
+        for (int half = 0; half < 2; ++half) {
+            const int s = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
+            if (s >= count) continue;
+#pragma unroll
+            for (int c = 0; c < kP / 8; ++c)
+                if (8 * c + acc_col() < n.P) {
+                    const int64 at = kv0 + s * n.ld_kv + 8 * c + acc_col();
+                    store2(dk + at, acc_dk[m].v[c][2 * half] * scale, acc_dk[m].v[c][2 * half + 1] * scale);
+                    store2(dv + at, acc_dv[m].v[c][2 * half], acc_dv[m].v[c][2 * half + 1]);
+                }
+        }
 }
 
-template <class A>
-static size_t attention_shared(int tiles, int kP) {
-    return sizeof(A) * size_t(kAttentionTile * tiles * (kP + kTilePad<A>)+4 * kPatch<A>) +
-           2 * kAttentionTile * sizeof(float);
+// One block per tile of queries of one (sequence, head), as in the forward. Shared: own q and dy; tiles of k and v
+// twice.
+template <class A, int kP, class N>
+__global__ void __launch_bounds__(N::threads, N::blocks)
+    attention_backward_q_kernel(A* dq, const A* dy, const A* q, const A* k, const A* v, const float2* stats,
+                                AttentionShape n, float scale) {
+    constexpr int M = N::M, kStep = N::step;
+    using TileQ = Tile<A, N::own, kP, N::team>;
+    using TileK = Tile<A, N::tile, kP, N::team>;
+    extern __shared__ __align__(1024) unsigned char attention_memory[];
+    A* tile_q = reinterpret_cast<A*>(attention_memory);
+    A* tile_dy = tile_q + TileQ::size;
+    A* tiles_kv = tile_dy + TileQ::size;  // k, v, k, v
+    A* patch = tiles_kv + 4 * TileK::size + int(threadIdx.x) / 32 * kPatch<A>;
+    const int64 tiles = (n.T + N::own - 1) / N::own;
+    const Work work = my_work(n.B * n.H, tiles);
+    const int64 b = work.head / n.H, h = work.head % n.H, t0 = (tiles - 1 - work.tile) * N::own, row0 = b * n.T + t0;
+    const int rows = int(min(int64(N::own), n.T - t0)), first_position = int(n.S - n.T + t0),
+              keys = first_position + rows;
+    const int64 kv0 = b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
+    const auto load_keys = [&](int s0) {
+        const int count = min(N::tile, keys - s0);
+        A* to = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
+        load_tile<N::threads>(TileK(), to, k + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
+        load_tile<N::threads>(TileK(), to + TileK::size, v + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
+    };
+    load_tile<N::threads>(TileQ(), tile_q, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, n.P);
+    load_tile<N::threads>(TileQ(), tile_dy, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, n.P);
+    load_keys(0);
+    float2 stat[M][2];  // of rows acc_row() and acc_row() + 8; past the end: p = 2^-inf = 0
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int t = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
+            stat[m][half] = t < rows ? stats[work.head * n.T + t0 + t] : make_float2(INFINITY, 0);
+        }
+    tiles_arrived<N::team>();
+    Own<N, A, kP, N::keep> own_q, own_dy;
+    own_q.load(tile_q);
+    own_dy.load(tile_dy);
+    const float log2_scale = scale * kLog2e;
+    const int team_position = first_position + N::team_row();
+
+    Accumulator<kP / 8> out[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) out[m].zero();
+    for (int s0 = 0; s0 < keys; s0 += N::tile) {
+        tiles_arrived<N::team>();  // as in the forward
+        if (s0 + N::tile < keys) load_keys(s0 + N::tile);
+        const A* tile_k = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
+#pragma unroll 1
+        for (int j = 0; j < N::tile; j += kStep) {
+            const int ahead = s0 + j - team_position;
+            if (ahead >= N::team_rows) break;
+            Accumulator<kStep / 8> p[M], dz[M];
+            own_q.times(p, TileK(), tile_k, j);
+            own_dy.times(dz, TileK(), tile_k + TileK::size, j);
+            products_wait<N::team, 1>(p);
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int c = 0; c < kStep / 8; ++c)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) p[m].v[c][i] = exp2_fast(p[m].v[c][i] * log2_scale - stat[m][i / 2].x);
+            if (ahead + kStep > 1)
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int c = 0; c < kStep / 8; ++c)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            if (ahead + 8 * c + acc_col() + i % 2 > N::my_row(m) + acc_row() + i / 2 * 8)
+                                p[m].v[c][i] = 0;
+            products_wait<N::team, 0>(dz);
+            Rows<A, kStep> operand[M];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int c = 0; c < kStep / 8; ++c)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) dz[m].v[c][i] = p[m].v[c][i] * (dz[m].v[c][i] - stat[m][i / 2].y);
+                operand[m].take(dz[m], patch);
+            }
+            product<Layout::plain, true>(out, operand, TileK(), tile_k, j);
+            products_wait<N::team, 0>(out);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int t = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
+            if (t >= rows) continue;
+#pragma unroll
+            for (int c = 0; c < kP / 8; ++c)
+                if (8 * c + acc_col() < n.P)
+                    store2(dq + (row0 + t) * n.ld_q + h * n.P + 8 * c + acc_col(), out[m].v[c][2 * half] * scale,
+                           out[m].v[c][2 * half + 1] * scale);
+        }
 }
-template <class A, int kP>
-static void attention_forward_padded(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
-                                     Position before, cudaStream_t stream) {
-    launch("attention_forward", attention_forward_kernel<A, kP>, ceil_div(n.T, kAttentionTile) * n.B * n.H,
-           kAttentionThreads, attention_shared<A>(5, kP), stream, y, lse, q, k, v, n, before,
-           float(1 / std::sqrt(double(n.P))));
+
+// ---- 6d  Launchers ---------------------------------------------------------------------------------------------------
+static constexpr int64 kAttentionMaxP = 128;
+
+// The fastest of those tried on an H200 (docs/cuda.md). Those of one warp per team also fit into the 99 KB of shared
+// memory of the smaller GPUs (float with kP = 128 excepted).
+template <class A, int kP, int team>
+struct Tilings;
+template <int kP>
+struct Tilings<float, kP, 1> {
+    using Forward = Tiling<1, 1, 4, 32, 32, true, 1>;
+    using Keys = Tiling<1, 1, 4, 32, 32, true, 1>;
+    using Queries = Tiling<1, 1, 4, 32, 32, true, 1>;
+};
+template <>
+struct Tilings<bf16, 64, 1> {
+    using Forward = Tiling<1, 2, 4, 64, 64, true, 2>;
+    using Keys = Tiling<1, 2, 4, 64, 32, false, 2>;
+    using Queries = Tiling<1, 2, 4, 64, 32, true, 2>;
+};
+template <>
+struct Tilings<bf16, 128, 1> {
+    using Forward = Tiling<1, 2, 4, 32, 32, false, 2>;
+    using Keys = Tiling<1, 1, 4, 32, 32, false, 2>;
+    using Queries = Tiling<1, 1, 4, 32, 32, true, 2>;
+};
+// keep = false for wgmma: with own operands in registers over the loop, ptxas of CUDA 13.0 gave these registers away.
+template <>
+struct Tilings<bf16, 64, 4> {
+    using Forward = Tiling<4, 1, 8, 128, 64, false, 2>;
+    using Keys = Tiling<4, 1, 4, 128, 64, false, 2>;
+    using Queries = Tiling<4, 1, 4, 64, 64, false, 3>;
+};
+template <>
+struct Tilings<bf16, 128, 4> {
+    using Forward = Tiling<4, 1, 8, 128, 128, false, 1>;
+    using Keys = Tiling<4, 1, 4, 64, 64, false, 2>;
+    using Queries = Tiling<4, 1, 4, 64, 64, false, 2>;
+};
+
+// Whether this GPU runs code of ours that was compiled for sm_90a. Such code bounds this kernel differently, which the
+// runtime tells.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define ATTENTION_MARK 128
+#else
+#define ATTENTION_MARK 32
+#endif
+__global__ void __launch_bounds__(ATTENTION_MARK) attention_mark_kernel() {}
+#undef ATTENTION_MARK
+static bool has_wgmma() {
+    static const bool has = [] {
+        cudaFuncAttributes a;
+        CHECK_CUDA(cudaFuncGetAttributes(&a, (const void*)attention_mark_kernel));
+        return a.maxThreadsPerBlock == 128;
+    }();
+    return has;
 }
-// `before` keys come before the first query: n.S is before + T.
+
+// Bytes of shared memory: so many own tiles, four of the other side, stats of two tiles, the patches.
+template <class A, int kP, class N>
+static size_t attention_shared(int own_tiles) {
+    return sizeof(A) * size_t(own_tiles * Tile<A, N::own, kP, N::team>::size + 4 * Tile<A, N::tile, kP, N::team>::size +
+                              N::threads / 32 * kPatch<A>) +
+           2 * N::tile * sizeof(float2);
+}
+template <class A, int kP, int team>
+static void attention_forward_by(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
+                                 Position before, cudaStream_t stream) {
+    using N = typename Tilings<A, kP, team>::Forward;
+    launch("attention_forward", attention_forward_kernel<A, kP, N>, ceil_div(n.T, N::own) * n.B * n.H, N::threads,
+           attention_shared<A, kP, N>(1), stream, y, lse, q, k, v, n, before, float(1 / std::sqrt(double(n.P))));
+}
+template <class A, int kP, int team>
+static void attention_backward_by(A* dq, A* dk, A* dv, float2* stats, const A* dy, const A* q, const A* k, const A* v,
+                                  const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
+    using NK = typename Tilings<A, kP, team>::Keys;
+    using NQ = typename Tilings<A, kP, team>::Queries;
+    const float scale = float(1 / std::sqrt(double(n.P)));
+    const bool vectors = n.P % 8 == 0 && (uintptr_t(dy) | uintptr_t(y)) % 32 == 0;
+    launch("attention_backward", vectors ? attention_dot_kernel<A, 8> : attention_dot_kernel<A, 1>,
+           ceil_div(n.B * n.T * n.H, 32), 256, 0, stream, stats, dy, y, lse, n);
+    launch("attention_backward", attention_backward_kv_kernel<A, kP, NK>, ceil_div(n.S, NK::own) * n.B * n.Hkv,
+           NK::threads, attention_shared<A, kP, NK>(2), stream, dk, dv, dy, q, k, v, stats, n, scale);
+    launch("attention_backward", attention_backward_q_kernel<A, kP, NQ>, ceil_div(n.T, NQ::own) * n.B * n.H,
+           NQ::threads, attention_shared<A, kP, NQ>(2), stream, dq, dy, q, k, v, stats, n, scale);
+}
+// f(kP, team): the padded width and the form of products for this call.
+template <class A, class F>
+static void attention_form(int64 P, const F& f) {
+    using std::integral_constant;
+    if constexpr (std::is_same<A, bf16>::value)
+        if (has_wgmma()) {
+            if (P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 4>());
+            else f(integral_constant<int, 128>(), integral_constant<int, 4>());
+            return;
+        }
+    if (P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 1>());
+    else f(integral_constant<int, 128>(), integral_constant<int, 1>());
+}
+// `before` keys come before the first query.
 template <class A>
 static void attention_forward(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
                               Position before, cudaStream_t stream) {
-    if (n.P <= 64) attention_forward_padded<A, 64>(y, lse, q, k, v, n, before, stream);
-    else attention_forward_padded<A, 128>(y, lse, q, k, v, n, before, stream);
+    attention_form<A>(n.P, [&](auto kP, auto team) {
+        attention_forward_by<A, decltype(kP)::value, decltype(team)::value>(y, lse, q, k, v, n, before, stream);
+    });
 }
-template <class A, int kP>
-static void attention_backward_padded(A* dq, A* dk, A* dv, float* dyy, const A* dy, const A* q, const A* k, const A* v,
-                                      const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
-    const float scale = float(1 / std::sqrt(double(n.P)));
-    launch("attention_backward", attention_dot_kernel<A>, ceil_div(n.B * n.T * n.H, 8), 256, 0, stream, dyy, dy, y,
-           n.B * n.T * n.H, n.P);
-    launch("attention_backward", attention_backward_kv_kernel<A, kP>, ceil_div(n.S, kAttentionTile) * n.B * n.Hkv,
-           kAttentionThreads, attention_shared<A>(4, kP), stream, dk, dv, dy, q, k, v, lse, dyy, n, scale);
-    launch("attention_backward", attention_backward_q_kernel<A, kP>, ceil_div(n.T, kAttentionTile) * n.B * n.H,
-           kAttentionThreads, attention_shared<A>(4, kP), stream, dq, dy, q, k, v, lse, dyy, n, scale);
-}
-// dyy (rows,H) is scratch.
+// stats (B,H,T,2) is scratch.
 template <class A>
-static void attention_backward(A* dq, A* dk, A* dv, float* dyy, const A* dy, const A* q, const A* k, const A* v,
+static void attention_backward(A* dq, A* dk, A* dv, float* stats, const A* dy, const A* q, const A* k, const A* v,
                                const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
-    if (n.P <= 64) attention_backward_padded<A, 64>(dq, dk, dv, dyy, dy, q, k, v, y, lse, n, stream);
-    else attention_backward_padded<A, 128>(dq, dk, dv, dyy, dy, q, k, v, y, lse, n, stream);
+    attention_form<A>(n.P, [&](auto kP, auto team) {
+        attention_backward_by<A, decltype(kP)::value, decltype(team)::value>(
+            dq, dk, dv, reinterpret_cast<float2*>(stats), dy, q, k, v, y, lse, n, stream);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3412,7 +3857,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     a->take(&du, rows * D);
     a->take(&ddt, rows * H);
     a->take(&ddA, rows * H);
-    a->take(&dyy, rows * H);
+    a->take(&dyy, 2 * rows * H);
     a->take(&partial, kPartialBlocks * 2 * std::max(D, H));
 }
 
@@ -4223,7 +4668,7 @@ void attention_backward(Precision precision, float* dq, float* dk, float* dv, co
         using A = decltype(a);
         const int64 rows = n.B * n.T, width = n.H * n.P;
         Array<A> qd(q, rows * n.ld_q), dqd(nullptr, rows * n.ld_q), dyd(dy, rows * width), yd(y, rows * width);
-        Array<float> ld(lse, rows * n.H), dyy(nullptr, rows * n.H);
+        Array<float> ld(lse, rows * n.H), dyy(nullptr, 2 * rows * n.H);
         (void)dk;
         (void)dv;
         attention_backward<A>(dqd, dqd + (k - q), dqd + (v - q), dyy, dyd, qd, qd + (k - q), qd + (v - q), yd, ld, n,

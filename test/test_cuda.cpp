@@ -194,8 +194,9 @@ TEST_CASE("cuda: RoPE equals the reference and is undone by its inverse") {
 
 TEST_CASE("cuda: attention equals the reference, forward and backward, at odd lengths and groups") {
     for (const Case& k : precisions)
-        for (const int64 T : lengths({1, 63, 64, 65, 131, 200}))
-            for (const Shape& s : shapes({{1, 1, 6}, {4, 2, 32}, {6, 2, 64}, {2, 1, 70}, {3, 3, 128}})) {
+        for (const int64 T : lengths({1, 63, 64, 65, 131, 321, 200}))
+            for (const Shape& s :
+                 shapes({{1, 1, 6}, {4, 2, 32}, {6, 2, 64}, {2, 1, 70}, {3, 3, 128}, {4, 1, 96}, {20, 4, 16}})) {
                 const int64 B = 2, H = s[0], Hkv = s[1], P = s[2], ld = ((H + 2 * Hkv) * P + 7) / 8 * 8, rows = B * T;
                 CAPTURE(k.name);
                 CAPTURE(T);
@@ -252,6 +253,26 @@ TEST_CASE("cuda: attention of a few queries over a longer cache equals the refer
             CHECK_EQ(compare("y", gy, y, tolerance(k.precision).product), "");
             CHECK_EQ(compare("lse", glse, lse, 1e-5), "");
         }
+}
+
+TEST_CASE("cuda: attention whose scores grow along the sequence equals the reference") {
+    for (const int64 P : {64, 128}) {
+        CAPTURE(P);
+        const int64 B = 1, T = 300, H = 2, ld = 3 * H * P;
+        const AttentionShape n{B, T, T, H, H, P, ld, ld, T * ld};
+        auto q = normals(Precision::bf16, "qkv", T * ld);
+        for (int64 t = 0; t < T; ++t)
+            for (int64 i = H * P; i < 2 * H * P; ++i)
+                q[size_t(t * ld + i)] = on_grid(Precision::bf16, q[size_t(t * ld + i)] * float(1 + double(t) / 20));
+        const auto qd = wide(q);
+        std::vector<double> y = sized<double>(T * H * P), lse = sized<double>(T * H);
+        attention_forward(y.data(), lse.data(), qd.data(), qd.data() + H * P, qd.data() + 2 * H * P, n);
+        std::vector<float> gy = sized<float>(T * H * P), glse = sized<float>(T * H);
+        cuda::attention_forward(Precision::bf16, gy.data(), glse.data(), q.data(), q.data() + H * P,
+                                q.data() + 2 * H * P, n);
+        CHECK_EQ(compare("y", gy, y, tolerance(Precision::bf16).product), "");
+        CHECK_EQ(compare("lse", glse, lse, 1e-5), "");
+    }
 }
 
 // RoPE of C and B is part of the GPU's kernels; the reference turns them before and turns their gradients back after.
