@@ -5132,7 +5132,7 @@ void Bench::ssd() {
                     Random<A> p(r->B * T * ld), d(r->B * T * ld), y(heads * P), dy(heads * P),
                         kept(r->B * H * ssd_chunks(tiles, T) * P * N);
                     Random<float> dt(heads, 0.001f, 0.1f), dA(heads, -0.5f, 0), ddt(heads), ddA(heads),
-                        scratch(ssd_scratch<A>(n, tiles)), cos(std::max(T, kSsdRopeRows) * N / 2),
+                        scratch(ssd_scratch(n, tiles)), cos(std::max(T, kSsdRopeRows) * N / 2),
                         sin(std::max(T, kSsdRopeRows) * N / 2);
                     const SsdRope rope{cos, sin, 0};
                     const auto forward = [&] {
