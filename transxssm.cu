@@ -15,6 +15,7 @@
 //   9  SwiGLU
 //  10  cross-entropy      loss and gradient in one pass
 //  11  AdamW              all parameters in one launch
+//  11b decoding           one further token of each sequence
 //  12  the model          one forward for training, prefill and decode; one backward
 //  13  the engine         behind the interface of transxssm.h
 //  14  twins for tests    the launchers on host arrays
@@ -1024,32 +1025,7 @@ static void ssd_dt_backward(A* ddt_raw, float* ddt_bias, float* dA_log, float* p
     add_partials(ddt_bias, dA_log, partial, blocks, 2 * H, H, stream);
 }
 
-// ---- 7a  Recurrent: the decode step ----------------------------------------------------------------------------------
-// One token of each sequence, S (B,H,P,N) advanced in place. One warp per row p of a state: it reads and writes each
-// state once, which is the limit.
-template <class A>
-__global__ void ssd_step_kernel(A* Y, float* S, const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
-                                SsdShape n) {
-    const int64 i = int64(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= n.B * n.H * n.P) return;
-    const int64 p = i % n.P, h = i / n.P % n.H, b = i / n.P / n.H;
-    const A *C = sc + b * n.ld + h * n.N, *Bt = sb + b * n.ld + h * n.N;
-    const float a = expf(dA[b * n.H + h]), x = dt[b * n.H + h] * to_float(sx[b * n.ld + h * n.P + p]);
-    float* row = S + i * n.N;
-    float y = 0;
-    for (int64 k = lane_id(); k < n.N; k += 32) {
-        const float s = a * row[k] + x * to_float(Bt[k]);
-        row[k] = s;
-        y += s * to_float(C[k]);
-    }
-    y = warp_sum(y);
-    if (lane_id() == 0) Y[(b * n.H + h) * n.P + p] = from_float<A>(y);
-}
-template <class A>
-static void ssd_step(A* Y, float* S, const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
-                     const SsdShape& n, cudaStream_t stream) {
-    launch("ssd_step", ssd_step_kernel<A>, ceil_div(n.B * n.H * n.P, 8), 256, 0, stream, Y, S, sc, sb, sx, dt, dA, n);
-}
+// ---- 7a  Recurrent: one token, in section 11b
 
 // ---- 7c  Chunked ------------------------------------------------------------------------------------------------------
 // One block of 8 warps sweeps the chunks of one (sequence, head), or of a segment of them. The state stays in
@@ -2062,6 +2038,323 @@ __global__ void convert_kernel(To* to, const From* from, int64 n) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// 11b  Decoding: one further token of each sequence
+// ---------------------------------------------------------------------------------------------------------------------
+// A step reads every weight once, reads and writes every SSD state, and reads the cache: it is bound by these bytes. The
+// kernels here read them once, with RoPE, dt and the decay applied on the way.
+
+// What a run of decode steps advances, in device memory: a step is recorded once and replayed.
+struct DecodeCursor {
+    int64 position;  // tokens consumed so far
+    int64 made;      // tokens chosen in this run
+};
+
+// ---- SSD: S = a S + dt X (x) B,  y = S C;  a = exp(dA),  C and B turned by RoPE ---------------------------------------
+// One warp per kStepRows rows of the state of one (sequence, head), S (B,H,P,N) in place. A lane owns W neighbouring
+// pairs (j, j + N/2), which RoPE turns into each other. All rows are loaded before the first is written.
+
+static constexpr int kStepRows = 8;
+
+template <class A, int W>
+__global__ void __launch_bounds__(128)
+    ssd_step_kernel(A* y, float* S, const A* proj, const float* dt_bias, const float* A_log, const float* cos,
+                    const float* sin, bool decay, SsdShape n, Position position) {
+    const int64 groups = (n.P + kStepRows - 1) / kStepRows, half = n.N / 2;
+    const int64 i = int64(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (i >= n.B * n.H * groups) return;
+    const int64 b = i / groups / n.H, h = i / groups % n.H, p0 = i % groups * kStepRows;
+    const int rows = int(min(int64(kStepRows), n.P - p0));
+    const A *row = proj + b * n.ld, *C = row + h * n.N, *Bt = C + n.H * n.N, *X = row + 2 * n.H * n.N + h * n.P + p0;
+    const float dt = softplus(to_float(row[2 * n.H * n.N + n.H * n.P + h]) + dt_bias[h]);
+    const float a = decay ? expf(-expf(A_log[h]) * dt) : 1.0f;
+    float* s = S + ((b * n.H + h) * n.P + p0) * n.N;
+    cos += position.get() * half;
+    sin += position.get() * half;
+    float x[kStepRows], sum[kStepRows];
+#pragma unroll
+    for (int r = 0; r < kStepRows; ++r) {
+        x[r] = r < rows ? dt * to_float(X[r]) : 0.0f;
+        sum[r] = 0;
+    }
+    for (int64 j = lane_id() * W; j < half; j += 32 * W) {
+        float lo[kStepRows][W], hi[kStepRows][W], c1[W], c2[W], b1[W], b2[W], turn_c[W], turn_s[W];
+#pragma unroll
+        for (int r = 0; r < kStepRows; ++r)
+            if (r < rows) {
+                load<W>(lo[r], s + r * n.N + j);
+                load<W>(hi[r], s + r * n.N + half + j);
+            }
+        load<W>(c1, C + j);
+        load<W>(c2, C + half + j);
+        load<W>(b1, Bt + j);
+        load<W>(b2, Bt + half + j);
+        load<W>(turn_c, cos + j);
+        load<W>(turn_s, sin + j);
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+            const float c = c1[k] * turn_c[k] - c2[k] * turn_s[k], bt = b1[k] * turn_c[k] - b2[k] * turn_s[k];
+            c2[k] = c2[k] * turn_c[k] + c1[k] * turn_s[k];
+            b2[k] = b2[k] * turn_c[k] + b1[k] * turn_s[k];
+            c1[k] = c;
+            b1[k] = bt;
+        }
+#pragma unroll
+        for (int r = 0; r < kStepRows; ++r)
+            if (r < rows) {
+#pragma unroll
+                for (int k = 0; k < W; ++k) {
+                    lo[r][k] = a * lo[r][k] + x[r] * b1[k];
+                    hi[r][k] = a * hi[r][k] + x[r] * b2[k];
+                    sum[r] += lo[r][k] * c1[k] + hi[r][k] * c2[k];
+                }
+                store<W>(s + r * n.N + j, lo[r]);
+                store<W>(s + r * n.N + half + j, hi[r]);
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < kStepRows; ++r) {
+        const float total = warp_sum(sum[r]);
+        if (lane_id() == r && r < rows) y[(b * n.H + h) * n.P + p0 + r] = from_float<A>(total);
+    }
+}
+// proj: rows C | B | X | dt_raw, n.ld apart; n.T is 1.
+template <class A>
+static void ssd_step(A* y, float* S, const A* proj, const float* dt_bias, const float* A_log, const float* cos,
+                     const float* sin, bool decay, const SsdShape& n, Position position, cudaStream_t stream) {
+    const bool pairs = n.N % 4 == 0 && n.ld % 2 == 0;
+    launch("ssd_step", pairs ? ssd_step_kernel<A, 2> : ssd_step_kernel<A, 1>,
+           ceil_div(n.B * n.H * ceil_div(n.P, kStepRows), 4), 128, 0, stream, y, S, proj, dt_bias, A_log, cos, sin,
+           decay, n, position);
+}
+
+// ---- Attention: one query of each head over the cache -------------------------------------------------------------------
+// The keys of one (sequence, head) are dealt out to `splits` blocks; each leaves the largest of its scores, the sum of
+// their exponentials relative to it and the sum of the values so weighted, and a second kernel joins the splits in
+// their order. kLanes lanes share a key, 8 of its P numbers each; every such group of lanes has an online softmax of
+// its own (powers of 2) and takes kKeys keys at a time. The new key and value are appended on the way; they are taken
+// from the projection, since another block may be writing them.
+
+static constexpr int kDecodeThreads = 128, kKeys = 4;
+// Splits by the state's shape alone, not by how much of it is filled: enough blocks to fill a GPU, and at least 128 keys
+// each when it is full.
+static int64 attention_splits(int64 heads, int64 capacity) {
+    return std::max<int64>(1, std::min<int64>({ceil_div(2048, heads), ceil_div(capacity, 128), 64}));
+}
+
+// Numbers e .. e + 7 of a row of P, zeros beyond its end. Aligned: P is a multiple of 8.
+template <bool aligned, class A>
+__device__ inline void load_row8(float (&f)[8], const A* row, int e, int P) {
+    if (aligned) {
+        if (e < P) return load<8>(f, row + e);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) f[i] = 0;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) f[i] = e + i < P ? to_float(row[e + i]) : 0.0f;
+    }
+}
+// The same of a row turned by RoPE; the angles' cos and sin have P/2 numbers.
+template <class A>
+__device__ inline void load_turned8(float (&f)[8], const A* row, int e, int P, const float* cos, const float* sin) {
+    const int half = P / 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int k = e + i, j = k < half ? k : k - half;
+        f[i] = 0;
+        if (k < P)
+            f[i] = k < half ? to_float(row[k]) * cos[j] - to_float(row[k + half]) * sin[j]
+                            : to_float(row[k]) * cos[j] + to_float(row[j]) * sin[j];
+    }
+}
+
+// What a group of lanes knows of the keys it has seen: out / sum is their softmax-weighted mean of values.
+struct OnlineSoftmax {
+    float top = -1e30f, sum = 0, out[8] = {};
+    template <int K>
+    __device__ void add(const float (&score)[K], const float (&v)[K][8]) {
+        float new_top = top;
+#pragma unroll
+        for (int u = 0; u < K; ++u) new_top = fmaxf(new_top, score[u]);
+        const float shrink = exp2_fast(top - new_top);
+        top = new_top;
+        sum *= shrink;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] *= shrink;
+#pragma unroll
+        for (int u = 0; u < K; ++u) {
+            const float p = exp2_fast(score[u] - top);
+            sum += p;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[i] += p * v[u][i];
+        }
+    }
+};
+
+// partial (B,H,splits,P+2): the weighted sum of values | top | sum.
+template <class A, int kLanes, bool aligned>
+__global__ void __launch_bounds__(kDecodeThreads)
+    attention_step_kernel(float* partial, A* k_cache, A* v_cache, const A* proj, const float* cos, const float* sin,
+                          AttentionShape n, Position position, int64 splits, float log2_scale) {
+    constexpr int kGroups = kDecodeThreads / kLanes;
+    __shared__ float shared[kGroups][8 * kLanes + 2];
+    const int64 split = blockIdx.x % splits, h = blockIdx.x / splits % n.H, b = blockIdx.x / splits / n.H;
+    const int64 past = position.get(), per_split = (past + splits - 1) / splits;
+    const int64 first = split * per_split, last = min(past, first + per_split), hkv = h / (n.H / n.Hkv);
+    const int P = int(n.P), group = int(threadIdx.x) / kLanes, e = int(threadIdx.x) % kLanes * 8;
+    const A* row = proj + b * n.ld_q;
+    const A *k_new = row + (n.H + hkv) * P, *v_new = k_new + n.Hkv * P;
+    A* k = k_cache + b * n.seq_kv + hkv * P;
+    A* v = v_cache + b * n.seq_kv + hkv * P;
+    cos += past * (P / 2);
+    sin += past * (P / 2);
+    float q[8];
+    load_turned8(q, row + h * P, e, P, cos, sin);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] *= log2_scale;
+    const auto score = [&](const float(&key)[8]) {
+        float s = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) s += q[i] * key[i];
+#pragma unroll
+        for (int d = kLanes / 2; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
+        return s;
+    };
+    OnlineSoftmax mean;
+    for (int64 s0 = first; s0 < last; s0 += kGroups * kKeys) {
+        float keys[kKeys][8], values[kKeys][8], scores[kKeys];
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u) {
+            const int64 at = min(s0 + u * kGroups + group, last - 1);
+            load_row8<aligned>(keys[u], k + at * n.ld_kv, e, P);
+            load_row8<aligned>(values[u], v + at * n.ld_kv, e, P);
+        }
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u) {
+            scores[u] = score(keys[u]);
+            if (s0 + u * kGroups + group >= last) scores[u] = -INFINITY;
+        }
+        mean.add(scores, values);
+    }
+    if (split == splits - 1) {
+        float key[1][8], value[1][8], scores[1];
+        load_turned8(key[0], k_new, e, P, cos, sin);
+        load_row8<false>(value[0], v_new, e, P);
+        scores[0] = score(key[0]);
+        if (group == 0) {
+            // as the cache will hold it
+            if (h % (n.H / n.Hkv) == 0)
+                for (int i = 0; i < 8 && e + i < P; ++i) {
+                    k[past * n.ld_kv + e + i] = from_float<A>(key[0][i]);
+                    v[past * n.ld_kv + e + i] = from_float<A>(value[0][i]);
+                }
+            mean.add(scores, value);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) shared[group][e + i] = mean.out[i];
+    shared[group][8 * kLanes] = mean.top;
+    shared[group][8 * kLanes + 1] = mean.sum;
+    __syncthreads();  // the groups' sums are there
+    float top = -1e30f, sum = 0, out = 0;
+    for (int g = 0; g < kGroups; ++g) top = fmaxf(top, shared[g][8 * kLanes]);
+    const int c = int(threadIdx.x);
+    for (int g = 0; g < kGroups; ++g) {
+        const float scale = exp2_fast(shared[g][8 * kLanes] - top);
+        sum += scale * shared[g][8 * kLanes + 1];
+        if (c < P) out += scale * shared[g][c];
+    }
+    float* to = partial + int64(blockIdx.x) * (P + 2);
+    if (c < P) to[c] = out;
+    if (c == 0) {
+        to[P] = top;
+        to[P + 1] = sum;
+    }
+}
+// y (B,H,P): the splits of each head joined, one thread per number.
+template <class A>
+__global__ void attention_join_kernel(A* y, const float* partial, int64 n, int64 P, int64 splits) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float* from = partial + i / P * splits * (P + 2);
+    float top = -1e30f, sum = 0, out = 0;
+    for (int64 s = 0; s < splits; ++s) top = fmaxf(top, from[s * (P + 2) + P]);
+    for (int64 s = 0; s < splits; ++s) {
+        const float scale = exp2_fast(from[s * (P + 2) + P] - top);
+        sum += scale * from[s * (P + 2) + P + 1];
+        out += scale * from[s * (P + 2) + i % P];
+    }
+    y[i] = from_float<A>(out / sum);
+}
+// proj: rows q | k | v before RoPE, n.ld_q apart; the caches' rows are n.ld_kv apart. n.T is 1.
+template <class A>
+static void attention_step(A* y, float* partial, A* k_cache, A* v_cache, const A* proj, const float* cos,
+                           const float* sin, const AttentionShape& n, Position position, int64 splits,
+                           cudaStream_t stream) {
+    const auto go = [&](auto kernel) {
+        launch("attention_step", kernel, n.B * n.H * splits, kDecodeThreads, 0, stream, partial, k_cache, v_cache,
+               proj, cos, sin, n, position, splits, float(double(kLog2e) / std::sqrt(double(n.P))));
+    };
+    if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
+    else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
+    else go(attention_step_kernel<A, 8, true>);
+    launch("attention_join", attention_join_kernel<A>, ceil_div(n.B * n.H * n.P, 256), 256, 0, stream, y, partial,
+           n.B * n.H * n.P, n.P, splits);
+}
+
+// ---- Choosing: the first of the largest logits --------------------------------------------------------------------------
+// As Sampler::choose at temperature 0. A logit and its token are one integer, so that the greatest of many is the same in
+// any order: the greater logit, then the lower token. What is not finite outranks all, to be reported.
+
+using Ranked = unsigned long long;
+__device__ inline Ranked ranked(float z, int64 token) {
+    const uint32_t bits = __float_as_uint(z + 0.0f);  // -0 becomes 0
+    uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    if (isnan(z) || z == INFINITY) key = ~0u;
+    return Ranked(key) << 32 | (~0u - uint32_t(token));
+}
+__device__ inline Ranked warp_max(Ranked x) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) x = max(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+// best (B); logits in rows ld apart, a multiple of 8. One block per sequence.
+__global__ void __launch_bounds__(1024) best_logit_kernel(Ranked* best, const float* logits, int64 vocab, int64 ld) {
+    __shared__ Ranked warps[32];
+    Ranked top = 0;
+#pragma unroll 4
+    for (int64 i = int64(threadIdx.x) * 4; i < vocab; i += 4096) {
+        float z[4];
+        load<4>(z, logits + blockIdx.x * ld + i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (i + k < vocab) top = max(top, ranked(z[k], i + k));
+    }
+    top = warp_max(top);
+    if (lane_id() == 0) warps[threadIdx.x / 32] = top;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    top = warp_max(warps[threadIdx.x]);
+    if (threadIdx.x == 0) best[blockIdx.x] = top;
+}
+// Ends a step: the tokens chosen are the next step's input, and are kept as entry cursor->made of `chosen` (steps,B).
+// -1 - token: its logit is not a finite number. One block.
+__global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cursor, Ranked* best, int64 B) {
+    const int64 made = cursor->made;
+    for (int64 b = threadIdx.x; b < B; b += blockDim.x) {
+        const int32_t token = int32_t(~0u - uint32_t(best[b]));
+        const uint32_t key = uint32_t(best[b] >> 32);
+        const bool bad = key == ~0u || key == 0x007FFFFFu;  // NaN or +inf; the best is -inf
+        best[b] = 0;
+        tokens[b] = token;
+        chosen[made * B + b] = bad ? -1 - token : token;
+    }
+    __syncthreads();  // all have read the cursor
+    if (threadIdx.x > 0) return;
+    ++cursor->position;
+    ++cursor->made;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // 12  The model
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -2130,6 +2423,8 @@ struct LayerActivations {
     A *gate_up, *h;       // (rows,2F), (rows,F)
 };
 
+static constexpr int64 kDecodeRun = 64;  // tokens decoded before the host looks
+
 template <class A>
 struct CudaState : State {
     struct Layer {
@@ -2138,8 +2433,13 @@ struct CudaState : State {
     };
     std::vector<Layer> layers;
     Memory memory;
-    int64* device_position = nullptr;  // for decode steps, which are recorded
-    int64 steps = 0, graph_layout = -1;
+    // of decode steps, which are recorded
+    DecodeCursor* cursor = nullptr;
+    Ranked* best = nullptr;              // (B)
+    int32_t* chosen = nullptr;           // (kDecodeRun,B)
+    float* attention_partial = nullptr;  // (B,H,splits,P+2)
+    int64 splits = 1;
+    int64 steps = 0, graph_layout = -1, graph_vocab = 0;
     cudaGraphExec_t graph = nullptr;
 
     ~CudaState() override { drop_graph(); }
@@ -2160,7 +2460,11 @@ struct CudaState : State {
 
   private:
     void take(Arena* arena, const Config& c) {
-        arena->take(&device_position, 1);
+        arena->take(&cursor, 1);
+        arena->take(&best, B);
+        arena->take(&chosen, kDecodeRun * B);
+        splits = attention_splits(B * c.H, capacity);
+        if (c.attn_period > 0) arena->take(&attention_partial, B * c.H * splits * (c.P() + 2));
         for (int64 i = 0; i < c.L; ++i) {
             Layer& l = layers[size_t(i)];
             if (c.is_attention(i)) {
@@ -2208,6 +2512,9 @@ class Model {
     void weights_written();  // after the host wrote them: makes the copy
     double forward(const int32_t* tokens_in, const int32_t* targets_in, int64 batch, int64 length, const DropoutKey*,
                    CudaState<A>* state, float* host_logits, bool every_token);
+    // Decode steps: each sequence consumes its token of `last` and then, count - 1 times, the one it chose. The logits of
+    // the last step and the tokens chosen, (B,count), if they are wanted.
+    void decode(CudaState<A>*, const int32_t* last, int64 count, int64 vocab, float* host_logits, int32_t* chosen);
     void backward(double scale);
     double gradient_norm();
     void update(const AdamW&, double lr, int64 step, double grad_scale);
@@ -2273,7 +2580,18 @@ class Model {
     void prepare(int64 batch, int64 length, bool training);
     void extend_rope(int64 positions);
     void layers_forward(CudaState<A>* state, Position before);
-    void decode(CudaState<A>* state);
+    void decode_step(CudaState<A>* state, int64 vocab);
+    void decode_mixer(int64 layer, CudaState<A>* state, Position before);
+    void check_tokens(const int32_t* tokens, int64 n) const {
+        for (int64 r = 0; r < n; ++r)
+            if (tokens[r] < 0 || tokens[r] >= config.V)
+                fail("token %d is outside the vocabulary of %lld", int(tokens[r]), (long long)config.V);
+    }
+    static void check_room(const CudaState<A>& state, int64 batch, int64 count) {
+        if (state.B != batch || state.position + count > state.capacity)
+            fail("state has %lld sequences and room for %lld tokens; asked for %lld sequences and %lld tokens",
+                 (long long)state.B, (long long)state.capacity, (long long)batch, (long long)(state.position + count));
+    }
     void mixer_forward(int64 layer, CudaState<A>* state, Position before);
     void mixer_backward(int64 layer);
 };
@@ -2386,7 +2704,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     a->take(&u_final, rows * D);
     a->take(&rstd_final, rows);
     if (!training) {
-        head_rows = std::min(rows, std::max<int64>(1, kLogitsPart / 4 / logit_row));
+        head_rows = length == 1 ? rows : std::min(rows, std::max<int64>(1, kLogitsPart / 4 / logit_row));
         a->take(&last, batch * D);
         a->take(&logits32, head_rows * logit_row);
         return;
@@ -2483,14 +2801,14 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         fail("%lld sequences of %lld tokens: expected at least one of each", (long long)batch, (long long)length);
     const int64 rows = batch * length, D = c.D;
     if (rows > INT32_MAX) fail("%lld tokens at once: expected at most 2^31-1", (long long)rows);
-    for (int64 r = 0; r < rows; ++r)
-        for (const int32_t* t : {tokens_in, targets_in})
-            if (t && (t[r] < 0 || t[r] >= c.V))
-                fail("token %d is outside the vocabulary of %lld", int(t[r]), (long long)c.V);
+    check_tokens(tokens_in, rows);
+    if (targets_in) check_tokens(targets_in, rows);
     const int64 pos0 = state ? state->position : 0;
-    if (state && (state->B != batch || pos0 + length > state->capacity))
-        fail("state has %lld sequences and room for %lld tokens; asked for %lld sequences and %lld tokens",
-             (long long)state->B, (long long)state->capacity, (long long)batch, (long long)(pos0 + length));
+    if (state) check_room(*state, batch, length);
+    if (state && length == 1) {
+        decode(state, tokens_in, 1, c.V, host_logits, nullptr);
+        return 0;
+    }
     const bool training = !state;
     has_targets = false;  // backward() needs a forward that had some
     prepare(batch, length, training);
@@ -2513,8 +2831,7 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     }
     if (profile) profile->mark("upload", stream);
 
-    if (state && length == 1) decode(state);
-    else layers_forward(state, pos0);
+    layers_forward(state, pos0);
     const Matrix& head = matrix(c.tie ? Param::word_embed : Param::lm_head, -1);
     if (state) {
         state->position += length;
@@ -2576,27 +2893,86 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
     }
 }
 
+template <class A>
+void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 count, int64 vocab, float* host_logits,
+                      int32_t* chosen) {
+    const Config& c = config;
+    B = state->B;
+    T = 1;
+    if (vocab < 1 || vocab > c.V) fail("cannot choose among %lld of %lld tokens", (long long)vocab, (long long)c.V);
+    check_tokens(last_tokens, B);
+    check_room(*state, B, count);
+    has_targets = dropout_on = false;
+    prepare(B, 1, false);
+    extend_rope(state->position + count);
+    CHECK_CUDA(cudaMemcpyAsync(tokens, last_tokens, size_t(B) * sizeof(int32_t), cudaMemcpyHostToDevice, stream));
+    std::vector<int32_t> run(size_t(kDecodeRun * B));
+    for (int64 made = 0; made < count; made += kDecodeRun) {
+        const int64 steps = std::min(kDecodeRun, count - made);
+        const DecodeCursor cursor{state->position, 0};
+        CHECK_CUDA(cudaMemcpyAsync(state->cursor, &cursor, sizeof cursor, cudaMemcpyHostToDevice, stream));
+        for (int64 i = 0; i < steps; ++i) decode_step(state, vocab);
+        state->position += steps;
+        if (!chosen) continue;
+        CHECK_CUDA(cudaMemcpyAsync(run.data(), state->chosen, size_t(steps * B) * sizeof(int32_t),
+                                   cudaMemcpyDeviceToHost, stream));
+        CHECK_CUDA(cudaStreamSynchronize(stream));
+        for (int64 i = 0; i < steps * B; ++i) {
+            const int32_t token = run[size_t(i)];
+            if (token < 0) fail("the logit of token %d is not a finite number", -1 - token);
+            chosen[i % B * count + made + i / B] = token;
+        }
+    }
+    if (host_logits)
+        CHECK_CUDA(cudaMemcpy2DAsync(host_logits, size_t(c.V) * 4, logits32, size_t(padded8(c.V)) * 4, size_t(c.V) * 4,
+                                     size_t(B), cudaMemcpyDeviceToHost, stream));
+    CHECK_CUDA(cudaStreamSynchronize(stream));
+}
+
 // One token of each sequence. Its few hundred launches are small, and starting them one by one would take longer than
 // they run: they are recorded once as a graph, which is then replayed. It holds addresses, so that it is recorded
 // again when memory has moved.
 template <class A>
-void Model<A>::decode(CudaState<A>* state) {
-    const int64 position = state->position;
-    CHECK_CUDA(cudaMemcpyAsync(state->device_position, &position, sizeof position, cudaMemcpyHostToDevice, stream));
-    const Position before(position, state->device_position);
-    if (state->steps++ == 0 || profile) return layers_forward(state, before);  // cuBLASLt makes its plans
-    if (!state->graph || state->graph_layout != layout_count) {
+void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
+    const auto work = [&] {
+        layers_forward(state, {state->position, &state->cursor->position});
+        const Matrix& head = matrix(config.tie ? Param::word_embed : Param::lm_head, -1);
+        linear(logits32, u_final, head, B);
+        launch("best_logit", best_logit_kernel, B, 1024, 0, stream, state->best, logits32, vocab, head.ld);
+        launch("choose", choose_kernel, 1, 256, 0, stream, tokens, state->chosen, state->cursor, state->best, B);
+    };
+    if (state->steps++ == 0 || profile) return work();  // cuBLASLt makes its plans
+    if (!state->graph || state->graph_layout != layout_count || state->graph_vocab != vocab) {
         state->drop_graph();
         cudaGraph_t recorded = nullptr;
         CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        layers_forward(state, before);
+        work();
         CHECK_CUDA(cudaStreamEndCapture(stream, &recorded));
         const cudaError_t e = cudaGraphInstantiate(&state->graph, recorded, 0);
         cudaGraphDestroy(recorded);
         check(e, "cudaGraphInstantiate");
         state->graph_layout = layout_count;
+        state->graph_vocab = vocab;
     }
     CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
+}
+
+// proj -> y for one token of each sequence
+template <class A>
+void Model<A>::decode_mixer(int64 i, CudaState<A>* state, Position before) {
+    const Config& c = config;
+    LayerActivations<A>& a = layers[size_t(i)];
+    auto& past = state->layers[size_t(i)];
+    if (c.is_attention(i)) {
+        const int64 row = c.Hkv * c.P();
+        const AttentionShape n{B, 1, 0, c.H, c.Hkv, c.P(), padded8(c.attn_width()), row, state->capacity * row};
+        attention_step(a.y, state->attention_partial, past.k, past.v, a.proj, cos_qk, sin_qk, n, before, state->splits,
+                       stream);
+    } else {
+        const SsdShape n{B, 1, c.H, c.P(), c.N, c.Q, padded8(c.ssd_width())};
+        ssd_step(a.y, past.S, a.proj, w(Param::dt_bias, i), w(Param::A_log, i), cos_cb, sin_cb, c.ssd_decay, n, before,
+                 stream);
+    }
 }
 
 // u1 -> y: one product makes C|B|X|dt_raw or q|k|v side by side; RoPE turns the first two in place.
@@ -2610,6 +2986,7 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     const Matrix& projection = matrix(attention ? Param::q_proj : Param::c_proj, i);
     const int64 ld = projection.ld;
     linear(a.proj, a.u1, projection, rows);
+    if (past && T == 1) return decode_mixer(i, state, before);
     if (attention) {
         A *q = a.proj, *k = q + H * P, *v = k + c.Hkv * P;
         rope(q, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, before, false, stream);  // q and k are neighbours
@@ -2631,10 +3008,7 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     ssd_dt_forward(a.dt, a.dA, dt_raw, w(Param::dt_bias, i), w(Param::A_log, i), c.ssd_decay, rows, H, ld, stream);
     const SsdShape n{B, T, H, P, N, c.Q, ld};
     float* S = past ? past->S : nullptr;
-    if (past && T == 1) ssd_step(a.y, S, sc, sb, sx, a.dt, a.dA, n, stream);
-    else
-        ssd_forward(a.y, S, past ? nullptr : a.chunk_states, segment_scratch, sc, sb, sx, a.dt, a.dA, S, n, tiles,
-                    stream);
+    ssd_forward(a.y, S, past ? nullptr : a.chunk_states, segment_scratch, sc, sb, sx, a.dt, a.dA, S, n, tiles, stream);
 }
 
 // Adds scale * d(mean loss) to the gradients: the forward's lines from the last to the first.
@@ -2856,6 +3230,9 @@ class CudaEngine : public Engine {
     }
     void step(State& state, const int32_t* tokens, int64 n, float* logits, bool every_token) override {
         model.forward(tokens, nullptr, state.B, n, nullptr, &static_cast<CudaState<A>&>(state), logits, every_token);
+    }
+    void decode_greedy(State& state, const int32_t* last, int64 count, int64 vocab, int32_t* chosen) override {
+        model.decode(&static_cast<CudaState<A>&>(state), last, count, vocab, nullptr, chosen);
     }
     // Through the reference's state on the host, so that there is one file format.
     void save_state(const State& state, const std::string& path) const override {
@@ -3108,15 +3485,30 @@ void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float
     dbias.to(ddt_bias);
     dlog.to(dA_log);
 }
-void ssd_step(Precision precision, float* Y, float* S, const float* sc, const float* sb, const float* sx,
-              const float* dt, const float* dA, const SsdShape& n) {
+void ssd_step(Precision precision, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
+              const ref::RopeTable<float>& table, int64 pos, bool decay, const SsdShape& n) {
     in_precision(precision, [&](auto a) {
         using A = decltype(a);
-        Array<A> p(sc, n.B * n.ld), yd(nullptr, n.B * n.H * n.P);
-        Array<float> sd(S, n.B * n.H * n.P * n.N), dtd(dt, n.B * n.H), dAd(dA, n.B * n.H);
-        ssd_step<A>(yd, sd, p, p + (sb - sc), p + (sx - sc), dtd, dAd, n, nullptr);
+        Array<A> p(proj, n.B * n.ld), yd(nullptr, n.B * n.H * n.P);
+        Array<float> sd(S, n.B * n.H * n.P * n.N), bias(dt_bias, n.H), log(A_log, n.H),
+            cos(table.cos.data(), int64(table.cos.size())), sin(table.sin.data(), int64(table.sin.size()));
+        ssd_step<A>(yd, sd, p, bias, log, cos, sin, decay, n, pos, nullptr);
         yd.to(Y);
         sd.to(S);
+    });
+}
+void attention_step(Precision precision, float* y, float* k_cache, float* v_cache, const float* proj,
+                    const ref::RopeTable<float>& table, int64 past, int64 splits, const AttentionShape& n) {
+    in_precision(precision, [&](auto a) {
+        using A = decltype(a);
+        Array<A> p(proj, n.B * n.ld_q), k(k_cache, n.B * n.seq_kv), v(v_cache, n.B * n.seq_kv),
+            yd(nullptr, n.B * n.H * n.P);
+        Array<float> cos(table.cos.data(), int64(table.cos.size())), sin(table.sin.data(), int64(table.sin.size())),
+            partial(nullptr, n.B * n.H * splits * (n.P + 2));
+        attention_step<A>(yd, partial, k, v, p, cos, sin, n, past, splits, nullptr);
+        yd.to(y);
+        k.to(k_cache);
+        v.to(v_cache);
     });
 }
 void ssd_chunked_forward(Precision precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
@@ -3274,9 +3666,21 @@ static void print_profile(const std::function<void()>& step) {
     printf("%-28s %8s %10.3f\n", "all", "", total);
 }
 
+// The fewest bytes that a decode step moves: every matrix once, S read and written, K and V read. `element`: bytes of
+// one number of weights, K and V.
+static double decode_bytes(const Config& c, int64 B, int64 context, int64 element) {
+    double bytes = double(c.V * c.D * element);
+    for (int64 i = 0; i < c.L; ++i) {
+        const bool attention = c.is_attention(i);
+        bytes += double(((attention ? c.attn_width() : c.ssd_width()) + c.D + 3 * c.F) * c.D * element);
+        bytes += double(B) * double(attention ? 2 * context * c.Hkv * c.P() * element : 8 * c.H * c.P() * c.N);
+    }
+    return bytes;
+}
+
 int bench_command(int argc, char** argv) {
     std::string name = "5m", precision = "bf16";
-    int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64;
+    int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64, attn_period = -1, training = 1;
     Options o(
         "transxssm",
         "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
@@ -3289,10 +3693,13 @@ int bench_command(int argc, char** argv) {
     o.add("prompt", &prompt, "tokens before decoding", 1, 1 << 24);
     o.add("tokens", &decode_tokens, "tokens to decode; 0: do not", 0, 1 << 24);
     o.add("decode-batch", &decode_batch, "sequences to decode at once", 1, 1 << 20);
+    o.add("attn-period", &attn_period, "one layer in so many is attention, 0 none, -1 as the preset", -1, 1 << 20);
+    o.add("train", &training, "0: leave out training and evaluation", 0, 1);
     if (!o.parse(argc, argv, 1)) return 0;
     if (precision != "bf16" && precision != "fp32")
         usage_error("--precision: '%s' is not bf16 or fp32", precision.c_str());
     Config c = preset(name);
+    if (attn_period >= 0) c.attn_period = attn_period;
     if (length == 0) length = c.T;
     const auto engine = make_cuda_engine(c, precision == "fp32" ? Precision::fp32 : Precision::bf16);
     engine->write(Buffer::weights, initial_weights(c, 1).data());
@@ -3302,7 +3709,7 @@ int bench_command(int argc, char** argv) {
     fflush(stdout);
     const Philox stream(1, "bench");
     const int64 rows = B * length;
-    std::vector<int32_t> tokens(size_t(std::max(rows, decode_batch * prompt) + 1));
+    std::vector<int32_t> tokens(size_t(std::max<int64>(rows, decode_batch * std::min<int64>(prompt, 65536)) + 1));
     for (size_t r = 0; r < tokens.size(); ++r) tokens[r] = int32_t(stream.at(r).word[0] % uint32_t(c.V));
     int64 steps = 0;
     const auto train_step = [&] {
@@ -3323,6 +3730,7 @@ int bench_command(int argc, char** argv) {
         }
         return median(times);
     };
+    if (training) {
     const double train = time(train_step);
     const double eval = time([&] { engine->forward(tokens.data(), tokens.data() + 1, B, length); });
     printf("train step  B %lld x T %lld  %9.2f ms  %9.0f tokens/s", (long long)B, (long long)length, 1e3 * train,
@@ -3334,24 +3742,41 @@ int bench_command(int argc, char** argv) {
            double(rows) / eval);
     fflush(stdout);
     print_profile(train_step);
+    }
     if (decode_tokens > 0) {
         std::vector<float> logits(size_t(decode_batch * c.V));
-        std::vector<int32_t> next(size_t(decode_batch), 1);
-        const auto state = engine->new_state(decode_batch, prompt + decode_tokens);
-        for (int64 at = 0; at < prompt; at += c.T)
-            engine->step(*state, tokens.data(), std::min(c.T, prompt - at), logits.data());
+        std::vector<int32_t> next(size_t(decode_batch), 1), chosen(size_t(decode_batch * decode_tokens));
+        const auto state = engine->new_state(decode_batch, prompt + 2 * decode_tokens + 2);
+        const auto prefill = [&](State& s) {  // in pieces of at most 64 Ki tokens
+            const int64 piece = std::max<int64>(1, std::min(prompt, 65536 / decode_batch));
+            for (int64 at = 0; at < prompt; at += piece)
+                engine->step(s, tokens.data(), std::min(piece, prompt - at), logits.data());
+        };
+        prefill(*engine->new_state(decode_batch, prompt));
+        const double before = seconds_now();
+        prefill(*state);
+        const double prefilled = seconds_now() - before;
+        printf("\nprefill     %lld x %lld tokens  %9.2f ms  %9.0f tokens/s\n", (long long)decode_batch,
+               (long long)prompt, 1e3 * prefilled, double(decode_batch * prompt) / prefilled);
+        // Greedily, all at once: the host looks at the tokens every now and then. Then one by one, with the logits.
+        engine->decode_greedy(*state, next.data(), 1, c.V, chosen.data());
+        double start = seconds_now();
+        engine->decode_greedy(*state, next.data(), decode_tokens, c.V, chosen.data());
+        const double t = (seconds_now() - start) / double(decode_tokens);
+        const double bytes = decode_bytes(c, decode_batch, prompt + decode_tokens / 2, precision == "fp32" ? 4 : 2);
+        printf("decode      %lld sequences after %lld tokens, greedy  %8.3f ms  %8.0f tokens/s  %.3f GB a step, %.2f TB/s\n",
+               (long long)decode_batch, (long long)prompt, 1e3 * t, double(decode_batch) / t, bytes / 1e9,
+               bytes / t / 1e12);
         std::vector<double> times;
-        Sampler greedy;
-        greedy.temperature = 0;
         for (int64 i = 0; i < decode_tokens; ++i) {
-            const double start = seconds_now();
-            for (int64 b = 0; b < decode_batch; ++b) next[size_t(b)] = greedy.choose(logits.data() + b * c.V, c.V, 0);
+            start = seconds_now();
             engine->step(*state, next.data(), 1, logits.data());
             times.push_back(seconds_now() - start);
         }
-        const double t = median(times);
-        printf("\ndecode      %lld sequences after %lld tokens, greedy  %8.3f ms  %8.0f tokens/s\n",
-               (long long)decode_batch, (long long)prompt, 1e3 * t, double(decode_batch) / t);
+        printf("decode      the same with the logits on the host   %8.3f ms  %8.0f tokens/s\n", 1e3 * median(times),
+               double(decode_batch) / median(times));
+        fflush(stdout);
+        print_profile([&] { engine->decode_greedy(*state, next.data(), 1, c.V, chosen.data()); });
     }
     return 0;
 }
