@@ -2582,10 +2582,10 @@ class Model {
     void layers_forward(CudaState<A>* state, Position before);
     void decode_step(CudaState<A>* state, int64 vocab);
     void decode_mixer(int64 layer, CudaState<A>* state, Position before);
-    void check_tokens(const int32_t* tokens, int64 n) const {
+    void check_tokens(const int32_t* ids, int64 n) const {
         for (int64 r = 0; r < n; ++r)
-            if (tokens[r] < 0 || tokens[r] >= config.V)
-                fail("token %d is outside the vocabulary of %lld", int(tokens[r]), (long long)config.V);
+            if (ids[r] < 0 || ids[r] >= config.V)
+                fail("token %d is outside the vocabulary of %lld", int(ids[r]), (long long)config.V);
     }
     static void check_room(const CudaState<A>& state, int64 batch, int64 count) {
         if (state.B != batch || state.position + count > state.capacity)
