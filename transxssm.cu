@@ -2190,6 +2190,50 @@ struct OnlineSoftmax {
     }
 };
 
+// log2_scale * q . k, on all lanes of the group.
+template <int kLanes>
+__device__ inline float score_of(const float (&q)[8], const float (&key)[8]) {
+    float s = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s += q[i] * key[i];
+#pragma unroll
+    for (int d = kLanes / 2; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
+    return s;
+}
+// Keys first .. last-1 of the cache, dealt out to the groups one by one.
+template <int kLanes, bool aligned, class A>
+__device__ inline void attend(OnlineSoftmax& mean, const float (&q)[8], const A* k, const A* v, int64 ld, int64 first,
+                              int64 last, int group, int groups, int e, int P) {
+    for (int64 s0 = first; s0 < last; s0 += groups * kKeys) {
+        float keys[kKeys][8], values[kKeys][8], scores[kKeys];
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u) {
+            const int64 at = min(s0 + u * groups + group, last - 1);
+            load_row8<aligned>(keys[u], k + at * ld, e, P);
+            load_row8<aligned>(values[u], v + at * ld, e, P);
+        }
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u) {
+            scores[u] = score_of<kLanes>(q, keys[u]);
+            if (s0 + u * groups + group >= last) scores[u] = -INFINITY;
+        }
+        mean.add(scores, values);
+    }
+}
+// Number c of the weighted sum over the groups of a block; groups[g]: their sums, top, sum.
+template <int kGroups, int kWidth>
+__device__ inline void join_groups(float* out, float* top, float* sum, const float (*groups)[kWidth + 2], int c,
+                                   int P) {
+    *top = -1e30f;
+    *sum = *out = 0;
+    for (int g = 0; g < kGroups; ++g) *top = fmaxf(*top, groups[g][kWidth]);
+    for (int g = 0; g < kGroups; ++g) {
+        const float scale = exp2_fast(groups[g][kWidth] - *top);
+        *sum += scale * groups[g][kWidth + 1];
+        if (c < P) *out += scale * groups[g][c];
+    }
+}
+
 // partial (B,H,splits,P+2): the weighted sum of values | top | sum.
 template <class A, int kLanes, bool aligned>
 __global__ void __launch_bounds__(kDecodeThreads)
@@ -2211,35 +2255,13 @@ __global__ void __launch_bounds__(kDecodeThreads)
     load_turned8(q, row + h * P, e, P, cos, sin);
 #pragma unroll
     for (int i = 0; i < 8; ++i) q[i] *= log2_scale;
-    const auto score = [&](const float(&key)[8]) {
-        float s = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) s += q[i] * key[i];
-#pragma unroll
-        for (int d = kLanes / 2; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
-        return s;
-    };
     OnlineSoftmax mean;
-    for (int64 s0 = first; s0 < last; s0 += kGroups * kKeys) {
-        float keys[kKeys][8], values[kKeys][8], scores[kKeys];
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u) {
-            const int64 at = min(s0 + u * kGroups + group, last - 1);
-            load_row8<aligned>(keys[u], k + at * n.ld_kv, e, P);
-            load_row8<aligned>(values[u], v + at * n.ld_kv, e, P);
-        }
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u) {
-            scores[u] = score(keys[u]);
-            if (s0 + u * kGroups + group >= last) scores[u] = -INFINITY;
-        }
-        mean.add(scores, values);
-    }
+    attend<kLanes, aligned>(mean, q, k, v, n.ld_kv, first, last, group, kGroups, e, P);
     if (split == splits - 1) {
         float key[1][8], value[1][8], scores[1];
         load_turned8(key[0], k_new, e, P, cos, sin);
         load_row8<false>(value[0], v_new, e, P);
-        scores[0] = score(key[0]);
+        scores[0] = score_of<kLanes>(q, key[0]);
         if (group == 0) {
             // as the cache will hold it
             if (h % (n.H / n.Hkv) == 0)
@@ -2255,14 +2277,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
     shared[group][8 * kLanes] = mean.top;
     shared[group][8 * kLanes + 1] = mean.sum;
     __syncthreads();  // the groups' sums are there
-    float top = -1e30f, sum = 0, out = 0;
-    for (int g = 0; g < kGroups; ++g) top = fmaxf(top, shared[g][8 * kLanes]);
+    float top, sum, out;
     const int c = int(threadIdx.x);
-    for (int g = 0; g < kGroups; ++g) {
-        const float scale = exp2_fast(shared[g][8 * kLanes] - top);
-        sum += scale * shared[g][8 * kLanes + 1];
-        if (c < P) out += scale * shared[g][c];
-    }
+    join_groups<kGroups, 8 * kLanes>(&out, &top, &sum, shared, c, P);
     float* to = partial + int64(blockIdx.x) * (P + 2);
     if (c < P) to[c] = out;
     if (c == 0) {
@@ -2354,6 +2371,564 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
     ++cursor->made;
 }
 
+// ---- A whole token in one kernel ------------------------------------------------------------------------------------------
+// With few sequences a layer's weights pass in a few microseconds, and the pauses between kernels would take longer than
+// that. So one kernel does all layers. It has one block per multiprocessor, all of them running at once (a cooperative
+// launch), and every block owns the same share of the rows of every matrix.
+//
+// WEIGHTS. A block's rows of the four matrices of one layer fit into its shared memory. As soon as a matrix has been used,
+// the copy of the next layer's begins in its place: memory never waits for arithmetic. A warp owns 1/8 of the columns of
+// these rows, copies them for itself and multiplies them (tensor cores: 16 rows by up to 8 sequences); the 8 parts of a
+// sum are added in the order of the warps.
+//
+// ACTIVATIONS pass from block to block through memory in words of 64 bits: two bf16 numbers (or one float) and a tag that
+// is new in each layer of each step. Such a word is written and read as one, so that whoever finds the tag has the
+// numbers, and no barrier is needed. Nothing is overwritten too early: the next word in the same place depends, through
+// the words in between, on all that was made of this one.
+//
+// Per layer five exchanges: x -> projection -> y -> x_mid -> h -> x; attention has one more, between splits and y.
+
+using Word = unsigned long long;
+__device__ inline void send(Word* to, uint32_t data, uint32_t tag) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(Word(tag) << 32 | data) : "memory");
+}
+__device__ inline Word peek(const Word* from) {
+    Word w;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(w) : "l"(from) : "memory");
+    return w;
+}
+// Words from[0], from[step], ...: all are asked for before the first is waited for.
+template <int K>
+__device__ inline void receive(uint32_t (&data)[K], const Word* const (&from)[K], uint32_t tag) {
+    Word w[K];
+#pragma unroll
+    for (int i = 0; i < K; ++i) w[i] = peek(from[i]);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+        while (uint32_t(w[i] >> 32) != tag) w[i] = peek(from[i]);
+        data[i] = uint32_t(w[i]);
+    }
+}
+__device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+static constexpr int kTokenThreads = 256, kTokenWarps = 8, kTokenSequences = 4, kTokenTiles = 4, kTokenAhead = 3;
+
+struct TokenLayer {  // where a layer's parameters and state lie
+    const bf16 *in, *out, *gate_up, *down;
+    const float *norm1, *norm2, *res1, *res2, *dt_bias, *A_log;
+    float* S;  // null: attention
+    bf16 *k, *v;
+};
+struct TokenPlan {
+    int B, D, F, L, H, Hkv, P, N, V, logits_ld, splits, blocks;
+    int in_width[2];  // of an SSD layer, of an attention layer: multiples of 8
+    int64 capacity;
+    float eps;
+    bool decay;
+    // Shared memory in bytes: the layers | per warp: in, out, gate_up, down | activations | sums of the warps | squares
+    int row_d, row_f;                                   // from row to row of a matrix: 1/8 of D or F, and 16 bytes more
+    int out_at, gate_up_at, down_at, warp_bytes;        // within a warp's share
+    int weights_at, x_at, x_row, sums_at, squares_at, shared;
+    int slots[5];  // the head's tiles of 16 rows take the places of in | out | gate_up | down: the first of each, and all
+};
+struct TokenArgs {
+    const TokenLayer* layers;
+    const float *embed, *final_norm, *cos_qk, *sin_qk, *cos_cb, *sin_cb;
+    const bf16* head;
+    const int32_t* tokens;
+    const DecodeCursor* cursor;
+    Ranked* best;
+    float* logits;
+    Word *x, *proj, *y, *mid, *h, *partial;
+    int vocab;
+    uint32_t tag;  // layer i's is tag + i + 1
+};
+
+struct Share {
+    int first, count;
+};
+__host__ __device__ inline Share share_of(int units, int block, int blocks) {
+    const int first = int(int64(units) * block / blocks);
+    return {first, int(int64(units) * (block + 1) / blocks) - first};
+}
+static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, int blocks, size_t shared_limit) {
+    const bool fits = B <= kTokenSequences && c.D % 256 == 0 && c.F % 256 == 0 && c.N % 4 == 0 && c.N <= 128 &&
+                      c.P() % 16 == 0 && c.P() <= 128 && c.H % 2 == 0 && c.V < (1 << 30);
+    if (!fits) return false;
+    blocks = int(std::min<int64>({blocks, c.D / 2, c.F / 2}));  // each has rows of every matrix
+    *t = {int(B), int(c.D), int(c.F), int(c.L), int(c.H), int(c.Hkv), int(c.P()), int(c.N), int(c.V),
+          int(padded8(c.V)), 1, blocks, {int(padded8(c.ssd_width())), int(padded8(c.attn_width()))}, capacity,
+          float(c.norm_eps), c.ssd_decay, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}};
+    t->splits = int(std::max<int64>(1, std::min<int64>({blocks / (B * c.H), 32, ceil_div(capacity, 32)})));
+    const auto most = [&](int units) { return int(ceil_div(units, blocks)); };
+    const int in_rows = 2 * most(std::max(t->in_width[0], t->in_width[1]) / 2), d_rows = 2 * most(t->D / 2),
+              gate_rows = 4 * most(t->F / 2);
+    if (std::max({in_rows, d_rows, gate_rows}) > 16 * kTokenTiles || gate_rows * B > kTokenThreads ||
+        in_rows * B > kTokenThreads)
+        return false;
+    t->row_d = 2 * t->D / kTokenWarps + 16;
+    t->row_f = 2 * t->F / kTokenWarps + 16;
+    int bytes[4] = {in_rows * t->row_d, d_rows * t->row_d, gate_rows * t->row_d, d_rows * t->row_f};
+    for (int i = 0; i < 4; ++i) {
+        const int slot = 16 * t->row_d, wanted = kTokenAhead + 1 - t->slots[i];
+        if (i == 3) bytes[i] = std::max(bytes[i], wanted * slot);
+        t->slots[i + 1] = t->slots[i] + bytes[i] / slot;
+    }
+    t->out_at = bytes[0];
+    t->gate_up_at = t->out_at + bytes[1];
+    t->down_at = t->gate_up_at + bytes[2];
+    t->warp_bytes = t->down_at + bytes[3];
+    t->weights_at = int(round_up(int64(sizeof(TokenLayer)) * c.L, 16));
+    t->x_at = t->weights_at + kTokenWarps * t->warp_bytes;
+    t->x_row = 2 * std::max(t->D, t->F) + 16;
+    const int softmax_bytes = kTokenThreads / (c.P() > 64 ? 16 : 8) * ((c.P() > 64 ? 128 : 64) + 2) * 4;
+    t->sums_at = t->x_at + int(round_up(std::max(int(B) * t->x_row, softmax_bytes), 16));
+    t->squares_at = t->sums_at + 4 * kTokenWarps * int(B) * std::max({in_rows, gate_rows, 32});
+    t->shared = t->squares_at + 4 * kTokenWarps * kTokenSequences;
+    return size_t(t->shared) <= shared_limit;
+}
+
+// kLanes: lanes that share a key of attention, 8 of its P numbers each.
+template <int kLanes>
+__global__ void __launch_bounds__(kTokenThreads, 1)
+    token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    TokenLayer* layers = reinterpret_cast<TokenLayer*>(shared);
+    const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id(), block = int(blockIdx.x), B = n.B;
+    unsigned char* place = shared + n.weights_at + warp * n.warp_bytes;
+    unsigned char* act = shared + n.x_at;  // activations (B,K), rows n.x_row bytes apart
+    float* sums = reinterpret_cast<float*>(shared + n.sums_at);
+    float* squares = reinterpret_cast<float*>(shared + n.squares_at);  // (warps,B)
+    const Share own = share_of(n.D / 2, block, n.blocks), own_h = share_of(n.F / 2, block, n.blocks);
+    const Share own_tiles = share_of((n.V + 15) / 16, block, n.blocks);
+    const int columns = n.D / kTokenWarps, half_d = n.D / 2;
+
+    // ---- Weights: the copy of a matrix, one group each, in the order in, out, gate_up, down, in, ...
+    const auto copy_rows = [&](unsigned char* to, int to_row, const bf16* from, int64 ld, int rows, int width) {
+        from += warp * width;
+        for (int r = lane / 4; r < rows; r += 8)
+            for (int c = lane % 4 * 8; c < width; c += 32)
+                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                                 uint32_t(__cvta_generic_to_shared(to + r * to_row + 2 * c))),
+                             "l"(from + r * ld + c)
+                             : "memory");
+    };
+    const auto in_share = [&](int i) { return share_of(n.in_width[layers[i].S ? 0 : 1] / 2, block, n.blocks); };
+    const auto head_slot = [&](int slot) {
+        int kind = 3;
+        while (slot < n.slots[kind]) --kind;
+        const int at[4] = {0, n.out_at, n.gate_up_at, n.down_at};
+        return place + at[kind] + (slot - n.slots[kind]) * 16 * n.row_d;
+    };
+    const auto fill_head = [&](int tile, int slot) {
+        if (tile >= own_tiles.count) return;
+        const int first = (own_tiles.first + tile) * 16;
+        copy_rows(head_slot(slot), n.row_d, g.head + int64(first) * n.D, n.D, min(16, n.V - first), columns);
+    };
+    const auto fill = [&](int kind, int i) {
+        if (i < n.L) {
+            const TokenLayer& l = layers[i];
+            if (kind == 0) {
+                const Share s = in_share(i);
+                copy_rows(place, n.row_d, l.in + int64(2 * s.first) * n.D, n.D, 2 * s.count, columns);
+            } else if (kind == 1) {
+                copy_rows(place + n.out_at, n.row_d, l.out + int64(2 * own.first) * n.D, n.D, 2 * own.count, columns);
+            } else if (kind == 2) {  // rows in the order gate, up, gate, up
+                const bf16* from = l.gate_up + int64(2 * own_h.first) * n.D;
+                unsigned char* to = place + n.gate_up_at;
+                copy_rows(to, 2 * n.row_d, from, n.D, 2 * own_h.count, columns);
+                copy_rows(to + n.row_d, 2 * n.row_d, from + int64(n.F) * n.D, n.D, 2 * own_h.count, columns);
+            } else {
+                copy_rows(place + n.down_at, n.row_f, l.down + int64(2 * own.first) * n.F, n.F, 2 * own.count,
+                          n.F / kTokenWarps);
+            }
+        } else {
+            for (int slot = n.slots[kind]; slot < n.slots[kind + 1]; ++slot) fill_head(slot, slot);
+        }
+        copies_commit();
+    };
+
+    // ---- Activations of all sequences into shared memory, with the barrier after it. fetch(i, b, j): pair j of sequence b,
+    // word i. With a norm's weights: x * weight, and the sum of squares for rstd.
+    const auto gather = [&](int K, const float* weight, auto ask, auto fetch) {
+        const int half = K / 2, total = B * half;
+        float square[kTokenSequences] = {};
+        constexpr int kBatch = 6;
+        for (int base = thread; base < total; base += kTokenThreads * kBatch) {
+            Word words[kBatch];
+            float2 w[kBatch];
+#pragma unroll
+            for (int u = 0; u < kBatch; ++u) {
+                const int i = base + u * kTokenThreads;
+                if (i >= total) continue;
+                words[u] = ask(i);
+                if (weight) w[u] = reinterpret_cast<const float2*>(weight)[i % half];
+            }
+#pragma unroll
+            for (int u = 0; u < kBatch; ++u) {
+                const int i = base + u * kTokenThreads;
+                if (i >= total) continue;
+                const int b = (i >= half) + (i >= 2 * half) + (i >= 3 * half), j = i - b * half;
+                uint32_t pair = fetch(words[u], i, b, j);
+                if (weight) {
+                    const float x0 = low_half(pair), x1 = high_half(pair), s = x0 * x0 + x1 * x1;
+#pragma unroll
+                    for (int k = 0; k < kTokenSequences; ++k) square[k] += k == b ? s : 0.0f;
+                    pair = Rows<bf16, 16>::pack(x0 * w[u].x, x1 * w[u].y);
+                }
+                *reinterpret_cast<uint32_t*>(act + b * n.x_row + 4 * j) = pair;
+            }
+        }
+        if (weight)
+#pragma unroll
+            for (int b = 0; b < kTokenSequences; ++b)
+                if (b < B) {
+                    const float s = warp_sum(square[b]);
+                    if (lane == 0) squares[warp * B + b] = s;
+                }
+        __syncthreads();  // the activations are there, and each warp's copies, which its lanes waited for
+    };
+    const auto gather_words = [&](const Word* words, int K, const float* weight, uint32_t tag) {
+        copies_wait<3>();  // of the 4 groups under way the oldest
+        gather(
+            K, weight, [&](int i) { return peek(words + i); },
+            [&](Word w, int i, int, int) {
+                while (uint32_t(w >> 32) != tag) w = peek(words + i);
+                return uint32_t(w);
+            });
+    };
+    const auto rstd = [&](int b) {
+        float s = 0;
+        for (int w = 0; w < kTokenWarps; ++w) s += squares[w * B + b];
+        return rsqrtf(s / float(n.D) + n.eps);
+    };
+
+    // ---- Products: this warp's columns of `rows` rows times the activations, into `to`: (warps, B, rows)
+    const auto product = [&](float* to, const unsigned char* weights, int row_bytes, int rows, int width) {
+        float acc[kTokenTiles][4] = {};
+        const int tiles = (rows + 15) / 16;
+        const bool mine = lane / 4 < B;
+        const unsigned char* x = act + lane / 4 * n.x_row + 2 * (warp * width + acc_col());
+        const auto operand = [&](uint32_t (&b)[2], int k) {
+            b[0] = mine ? *reinterpret_cast<const uint32_t*>(x + 2 * k) : 0;
+            b[1] = mine ? *reinterpret_cast<const uint32_t*>(x + 2 * k + 16) : 0;
+        };
+        const auto step = [&](float (&d)[4], const uint32_t (&b)[2], int tile, int k) {
+            uint32_t a[4];
+            const int r = min(tile * 16 + lane % 16, rows - 1);
+            load_matrices<false>(a, reinterpret_cast<const bf16*>(weights + r * row_bytes) + k + lane / 16 * 8);
+            mma16816(d, a, b[0], b[1]);
+        };
+        uint32_t b[2];
+        if (tiles == 1) {  // four sums side by side: a product waits for the one before it
+            for (int k0 = 0; k0 < width; k0 += 16 * kTokenTiles)
+#pragma unroll
+                for (int t = 0; t < kTokenTiles; ++t)
+                    if (k0 + 16 * t < width) {
+                        operand(b, k0 + 16 * t);
+                        step(acc[t], b, 0, k0 + 16 * t);
+                    }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[0][i] = acc[0][i] + acc[1][i] + (acc[2][i] + acc[3][i]);
+        } else {
+#pragma unroll 2
+            for (int k = 0; k < width; k += 16) {
+                operand(b, k);
+#pragma unroll
+                for (int t = 0; t < kTokenTiles; ++t)
+                    if (t < tiles) step(acc[t], b, t, k);
+            }
+        }
+        to += warp * rows * B;
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = 16 * t + acc_row() + i / 2 * 8, b_ = acc_col() + i % 2;
+                if (t < tiles && row < rows && b_ < B) to[b_ * rows + row] = acc[t][i];
+            }
+        __syncthreads();  // all parts of the sums are there
+    };
+    // Sum `o` of (B, rows), or 0 beyond them.
+    const auto sum_of = [&](const float* from, int o, int rows) {
+        float s = 0;
+        if (o < rows * B)
+#pragma unroll
+            for (int w = 0; w < kTokenWarps; ++w) s += from[w * rows * B + o];
+        return s;
+    };
+
+    // ---- Begin: the list of layers, the first layer's weights, what does not change from layer to layer
+    for (int i = thread; i < n.L * int(sizeof(TokenLayer) / 8); i += kTokenThreads)
+        reinterpret_cast<Word*>(layers)[i] = reinterpret_cast<const Word*>(g.layers)[i];
+    __syncthreads();
+    for (int kind = 0; kind < 4; ++kind) fill(kind, 0);
+    const int64 past = g.cursor->position;
+    const int own_rows = 2 * own.count, half_n = n.N / 2;
+    const int b_own = thread / own_rows, row_own = 2 * own.first + thread % own_rows;  // of the residual stream
+    const bool owns = thread < own_rows * B;
+    float x_own = owns ? to_float(from_float<bf16>(g.embed[int64(g.tokens[b_own]) * n.D + row_own])) : 0.0f;
+    float2 turn_c{}, turn_s{};  // of this lane's two pairs of C and B
+    if (2 * lane < half_n && g.cos_cb) {
+        turn_c = reinterpret_cast<const float2*>(g.cos_cb + past * half_n)[lane];
+        turn_s = reinterpret_cast<const float2*>(g.sin_cb + past * half_n)[lane];
+    }
+    // What the mixer of layer i reads beside the weights, into the L2 cache.
+    constexpr int kGroups = kTokenThreads / kLanes;
+    const int items = B * n.H * n.P / 2, units = B * n.H * n.splits;
+    const int64 per_split = (past + n.splits - 1) / n.splits, kv_row = int64(n.Hkv) * n.P;
+    const auto prefetch_state = [&](int i) {
+        if (i >= n.L) return;
+        const TokenLayer& l = layers[i];
+        if (l.S) {
+            for (int it = block + n.blocks * warp; it < items; it += n.blocks * kTokenWarps)
+                if (8 * lane < 2 * n.N) prefetch(l.S + int64(it) * 2 * n.N + 8 * lane);
+        } else {
+            for (int u = block; u < units; u += n.blocks) {
+                const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H;
+                const int64 first = split * per_split, last = min(past, min(first + per_split, first + 16 * kGroups));
+                const int64 at = b * n.capacity * kv_row + h / (n.H / n.Hkv) * n.P + thread % kLanes * 8;
+                for (int64 s = first + thread / kLanes; s < last; s += kGroups)
+                    if (thread % kLanes % 4 == 0) {
+                        prefetch(l.k + at + s * kv_row);
+                        prefetch(l.v + at + s * kv_row);
+                    }
+            }
+        }
+        const float* small[4] = {l.norm1, l.norm2, l.res1, l.res2};
+        if (block < 4 && 8 * thread < n.D) prefetch(small[block] + 8 * thread);
+        if (block == 4 && l.S && 8 * thread < n.H) {
+            prefetch(l.dt_bias + 8 * thread);
+            prefetch(l.A_log + 8 * thread);
+        }
+    };
+    prefetch_state(0);
+
+    for (int i = 0; i < n.L; ++i) {
+        const TokenLayer& l = layers[i];
+        const uint32_t tag = g.tag + uint32_t(i) + 1;
+        const Share in = in_share(i);
+        const int width = n.in_width[l.S ? 0 : 1], rows = 2 * in.count;
+        const float res1 = owns ? l.res1[row_own] : 0, res2 = owns ? l.res2[row_own] : 0;
+
+        // ---- x -> projection = rstd W (x * norm1)
+        if (i == 0) {
+            copies_wait<3>();
+            gather(
+                n.D, l.norm1, [](int) { return Word(0); },
+                [&](Word, int, int b, int j) {
+                    const float* e = g.embed + int64(g.tokens[b]) * n.D + 2 * j;
+                    return Rows<bf16, 16>::pack(e[0], e[1]);
+                });
+        } else {
+            gather_words(g.x, n.D, l.norm1, tag - 1);
+        }
+        product(sums, place, n.row_d, rows, columns);
+        {
+            const int b = min(thread / rows, B - 1);
+            const float v = sum_of(sums, thread, rows) * rstd(b), next = __shfl_down_sync(~0u, v, 1);
+            if (thread < rows * B && thread % 2 == 0)
+                send(g.proj + b * (width / 2) + in.first + thread % rows / 2, Rows<bf16, 16>::pack(v, next), tag);
+        }
+        fill(0, i + 1);
+        prefetch_state(i + 1);
+
+        // ---- projection -> y
+        const int width2 = width / 2;
+        if (l.S) {  // one warp per two rows of a state, a lane per two pairs (j, j + N/2)
+            for (int it = block + n.blocks * warp; it < items; it += n.blocks * kTokenWarps) {
+                const int p = it % (n.P / 2) * 2, h = it / (n.P / 2) % n.H, b = it / (n.P / 2) / n.H;
+                const bool on = 2 * lane < half_n;
+                const int j = on ? lane : 0;
+                float2* s0 = reinterpret_cast<float2*>(l.S + int64(it) * 2 * n.N) + j;
+                float2 *s1 = s0 + half_n / 2, *s2 = s1 + half_n / 2, *s3 = s2 + half_n / 2;
+                float2 a0 = *s0, a1 = *s1, a2 = *s2, a3 = *s3;
+                const float bias = l.dt_bias[h], log = l.A_log[h];
+                const Word* from = g.proj + b * width2;
+                const int hn = n.H * n.N / 2, c = h * half_n + j;
+                const Word* const where[6] = {from + c,
+                                              from + c + half_n / 2,
+                                              from + hn + c,
+                                              from + hn + c + half_n / 2,
+                                              from + 2 * hn + (h * n.P + p) / 2,
+                                              from + 2 * hn + (n.D + h) / 2};
+                uint32_t w[6];
+                receive(w, where, tag);
+                const float dt = softplus((h % 2 ? high_half(w[5]) : low_half(w[5])) + bias);
+                const float a = n.decay ? expf(-expf(log) * dt) : 1.0f;
+                const float x0 = dt * low_half(w[4]), x1 = dt * high_half(w[4]);
+                const auto turn = [&](float2* lo, float2* hi, uint32_t wl, uint32_t wh) {
+                    const float l0 = low_half(wl), l1 = high_half(wl), h0 = low_half(wh), h1 = high_half(wh);
+                    *lo = {l0 * turn_c.x - h0 * turn_s.x, l1 * turn_c.y - h1 * turn_s.y};
+                    *hi = {h0 * turn_c.x + l0 * turn_s.x, h1 * turn_c.y + l1 * turn_s.y};
+                };
+                float2 c_lo, c_hi, b_lo, b_hi;
+                turn(&c_lo, &c_hi, w[0], w[1]);
+                turn(&b_lo, &b_hi, w[2], w[3]);
+                a0 = {a * a0.x + x0 * b_lo.x, a * a0.y + x0 * b_lo.y};
+                a1 = {a * a1.x + x0 * b_hi.x, a * a1.y + x0 * b_hi.y};
+                a2 = {a * a2.x + x1 * b_lo.x, a * a2.y + x1 * b_lo.y};
+                a3 = {a * a3.x + x1 * b_hi.x, a * a3.y + x1 * b_hi.y};
+                float y0 = a0.x * c_lo.x + a0.y * c_lo.y + (a1.x * c_hi.x + a1.y * c_hi.y);
+                float y1 = a2.x * c_lo.x + a2.y * c_lo.y + (a3.x * c_hi.x + a3.y * c_hi.y);
+                y0 = warp_sum(on ? y0 : 0.0f);
+                y1 = warp_sum(on ? y1 : 0.0f);
+                if (lane == 0) send(g.y + b * half_d + (h * n.P + p) / 2, Rows<bf16, 16>::pack(y0, y1), tag);
+                if (on) {
+                    *s0 = a0;
+                    *s1 = a1;
+                    *s2 = a2;
+                    *s3 = a3;
+                }
+            }
+        } else {
+            // A block per split of a head; the last one also takes the new key and value, and appends them.
+            const int group = thread / kLanes, e = thread % kLanes * 8, half = n.P / 2, pair = e < half ? e + half : e - half;
+            float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(act);
+            for (int u = block; u < units; u += n.blocks) {
+                const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H, hkv = h / (n.H / n.Hkv);
+                const int64 first = split * per_split, last = min(past, first + per_split);
+                const bool on = e < n.P;
+                const int at = on ? e : 0, other = on ? pair : half;
+                const float sign = e < half ? -1.0f : 1.0f;
+                float cs[8], sn[8];
+                load<8>(cs, g.cos_qk + past * half + at % half);
+                load<8>(sn, g.sin_qk + past * half + at % half);
+                const auto turned = [&](float(&f)[8], int head) {  // of q or the new k
+                    const Word* from = g.proj + b * width2 + head * n.P / 2;
+                    const Word* const where[8] = {from + at / 2,        from + at / 2 + 1,    from + at / 2 + 2,
+                                                  from + at / 2 + 3,    from + other / 2,     from + other / 2 + 1,
+                                                  from + other / 2 + 2, from + other / 2 + 3};
+                    uint32_t w[8];
+                    receive(w, where, tag);
+#pragma unroll
+                    for (int k = 0; k < 8; ++k) {
+                        const float x = k % 2 ? high_half(w[k / 2]) : low_half(w[k / 2]);
+                        const float z = k % 2 ? high_half(w[4 + k / 2]) : low_half(w[4 + k / 2]);
+                        f[k] = on ? x * cs[k] + sign * z * sn[k] : 0.0f;
+                    }
+                };
+                float q[8];
+                turned(q, h);
+                const float log2_scale = kLog2e * rsqrtf(float(n.P));
+#pragma unroll
+                for (int k = 0; k < 8; ++k) q[k] *= log2_scale;
+                bf16* keys = l.k + b * n.capacity * kv_row + hkv * n.P;
+                bf16* values = l.v + b * n.capacity * kv_row + hkv * n.P;
+                OnlineSoftmax mean;
+                attend<kLanes, true>(mean, q, keys, values, kv_row, first, last, group, kGroups, e, n.P);
+                if (split == n.splits - 1) {
+                    float key[1][8], value[1][8];
+                    turned(key[0], n.H + hkv);
+                    const Word* from = g.proj + b * width2 + ((n.H + n.Hkv + hkv) * n.P + at) / 2;
+                    const Word* const where[4] = {from, from + 1, from + 2, from + 3};
+                    uint32_t w[4];
+                    receive(w, where, tag);
+#pragma unroll
+                    for (int k = 0; k < 8; ++k) value[0][k] = k % 2 ? high_half(w[k / 2]) : low_half(w[k / 2]);
+                    const float score[1] = {score_of<kLanes>(q, key[0])};
+                    if (group == 0) {
+                        mean.add(score, value);
+                        if (on && h % (n.H / n.Hkv) == 0) {
+                            store<8>(keys + past * kv_row + e, key[0]);
+                            store<8>(values + past * kv_row + e, value[0]);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < 8; ++k) joined[group][e + k] = mean.out[k];
+                joined[group][8 * kLanes] = mean.top;
+                joined[group][8 * kLanes + 1] = mean.sum;
+                __syncthreads();  // the groups' sums are there
+                float out = 0, top, sum;
+                join_groups<kGroups, 8 * kLanes>(&out, &top, &sum, joined, thread, n.P);
+                Word* to = g.partial + int64(u) * (n.P + 2);
+                if (thread < n.P) send(to + thread, __float_as_uint(out), tag);
+                if (thread == 0) {
+                    send(to + n.P, __float_as_uint(top), tag);
+                    send(to + n.P + 1, __float_as_uint(sum), tag);
+                }
+                __syncthreads();  // they have been read
+            }
+            // One warp per two numbers of a head: lane s has split s.
+            for (int it = block + n.blocks * warp; it < items; it += n.blocks * kTokenWarps) {
+                const int p = it % (n.P / 2) * 2, head = it / (n.P / 2);
+                const Word* from = g.partial + int64(head * n.splits + min(lane, n.splits - 1)) * (n.P + 2);
+                const Word* const where[4] = {from + p, from + p + 1, from + n.P, from + n.P + 1};
+                uint32_t w[4];
+                receive(w, where, tag);
+                float top = __uint_as_float(w[2]);
+#pragma unroll
+                for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+                const float scale = lane < n.splits ? exp2_fast(__uint_as_float(w[2]) - top) : 0.0f;
+                const float sum = warp_sum(scale * __uint_as_float(w[3]));
+                const float y0 = warp_sum(scale * __uint_as_float(w[0])), y1 = warp_sum(scale * __uint_as_float(w[1]));
+                if (lane == 0) send(g.y + head * (n.P / 2) + p / 2, Rows<bf16, 16>::pack(y0 / sum, y1 / sum), tag);
+            }
+        }
+
+        // ---- y -> x_mid = res1 * x + W y
+        const auto residual = [&](Word* to, float res) {
+            x_own = to_float(from_float<bf16>(res * x_own + sum_of(sums, thread, own_rows)));
+            const float next = __shfl_down_sync(~0u, x_own, 1);
+            if (owns && thread % 2 == 0)
+                send(to + b_own * half_d + row_own / 2, Rows<bf16, 16>::pack(x_own, next), tag);
+        };
+        gather_words(g.y, n.D, nullptr, tag);
+        product(sums, place + n.out_at, n.row_d, own_rows, columns);
+        residual(g.mid, res1);
+        fill(1, i + 1);
+
+        // ---- x_mid -> h = silu(gate) * up, rows in the order gate, up, gate, up
+        gather_words(g.mid, n.D, l.norm2, tag);
+        const int rows_h = 4 * own_h.count;
+        product(sums, place + n.gate_up_at, n.row_d, rows_h, columns);
+        {
+            const int b = min(thread / rows_h, B - 1);
+            const float v = sum_of(sums, thread, rows_h) * rstd(b), up = __shfl_down_sync(~0u, v, 1);
+            const float h = v / (1.0f + exp2_fast(-v * kLog2e)) * up, next = __shfl_down_sync(~0u, h, 2);
+            if (thread < rows_h * B && thread % 4 == 0)
+                send(g.h + b * (n.F / 2) + own_h.first + thread % rows_h / 4, Rows<bf16, 16>::pack(h, next), tag);
+        }
+        fill(2, i + 1);
+
+        // ---- h -> x = res2 * x_mid + W h
+        gather_words(g.h, n.F, nullptr, tag);
+        product(sums, place + n.down_at, n.row_f, own_rows, n.F / kTokenWarps);
+        residual(g.x, res2);
+        fill(3, i + 1);
+    }
+
+    // ---- x -> logits, 16 rows at a time; the best of this block's
+    gather_words(g.x, n.D, g.final_norm, g.tag + uint32_t(n.L));
+    copies_done();
+    __syncwarp();
+    Ranked best = 0;
+    const int slots = n.slots[4];
+    for (int tile = 0; tile < own_tiles.count; ++tile) {
+        if (tile >= slots) {
+            copies_wait<kTokenAhead>();  // the copy of this tile was begun `slots` tiles ago, each a group of its own
+            __syncwarp();
+        }
+        const int first = (own_tiles.first + tile) * 16, rows = 16;
+        float* to = sums + tile % 2 * kTokenWarps * rows * B;
+        product(to, head_slot(tile % slots), n.row_d, rows, columns);
+        fill_head(tile + slots, tile % slots);
+        copies_commit();
+        if (thread < rows * B) {
+            const int b = thread / rows, row = first + thread % rows;
+            const float z = sum_of(to, thread, rows) * rstd(b);
+            if (row < n.V) g.logits[int64(b) * n.logits_ld + row] = z;
+            if (row < g.vocab) best = max(best, ranked(z, row));
+        }
+    }
+#pragma unroll
+    for (int d = 8; d > 0; d /= 2) best = max(best, __shfl_xor_sync(~0u, best, d));
+    if (thread < 16 * B && thread % 16 == 0) atomicMax(g.best + thread / 16, best);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 12  The model
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2440,6 +3015,12 @@ struct CudaState : State {
     float* attention_partial = nullptr;  // (B,H,splits,P+2)
     int64 splits = 1;
     int64 steps = 0, graph_layout = -1, graph_vocab = 0;
+    // of the kernel that makes whole tokens, where it can
+    bool whole = false;
+    TokenPlan token_plan{};
+    TokenLayer* token_layers = nullptr;
+    Word *x = nullptr, *proj = nullptr, *y = nullptr, *mid = nullptr, *h = nullptr, *partial = nullptr;
+    uint32_t tag = 0;
     cudaGraphExec_t graph = nullptr;
 
     ~CudaState() override { drop_graph(); }
@@ -2450,6 +3031,13 @@ struct CudaState : State {
     CudaState(const Config& c, int64 sequences, int64 tokens) : layers(size_t(c.L)) {
         B = sequences;
         capacity = tokens;
+        if (!std::is_same<A, float>::value) {
+            int device = 0, blocks = 0, most = 0;
+            CHECK_CUDA(cudaGetDevice(&device));
+            CHECK_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
+            CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+            whole = plan_token(&token_plan, c, B, capacity, blocks, size_t(most));
+        }
         Arena plan;
         take(&plan, c);
         memory.resize(plan.used, "the state");
@@ -2464,6 +3052,13 @@ struct CudaState : State {
         arena->take(&best, B);
         arena->take(&chosen, kDecodeRun * B);
         splits = attention_splits(B * c.H, capacity);
+        if (whole) {
+            arena->take(&token_layers, c.L);
+            for (Word** words : {&x, &y, &mid}) arena->take(words, B * c.D / 2);
+            arena->take(&proj, B * std::max(token_plan.in_width[0], token_plan.in_width[1]) / 2);
+            arena->take(&h, B * c.F / 2);
+            arena->take(&partial, B * c.H * token_plan.splits * (c.P() + 2));
+        }
         if (c.attn_period > 0) arena->take(&attention_partial, B * c.H * splits * (c.P() + 2));
         for (int64 i = 0; i < c.L; ++i) {
             Layer& l = layers[size_t(i)];
@@ -2581,6 +3176,7 @@ class Model {
     void extend_rope(int64 positions);
     void layers_forward(CudaState<A>* state, Position before);
     void decode_step(CudaState<A>* state, int64 vocab);
+    void decode_whole(CudaState<A>* state, int64 vocab);
     void decode_mixer(int64 layer, CudaState<A>* state, Position before);
     void check_tokens(const int32_t* ids, int64 n) const {
         for (int64 r = 0; r < n; ++r)
@@ -2934,6 +3530,7 @@ void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 cou
 // again when memory has moved.
 template <class A>
 void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
+    if (state->whole) return decode_whole(state, vocab);
     const auto work = [&] {
         layers_forward(state, {state->position, &state->cursor->position});
         const Matrix& head = matrix(config.tie ? Param::word_embed : Param::lm_head, -1);
@@ -2955,6 +3552,59 @@ void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
         state->graph_vocab = vocab;
     }
     CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
+}
+
+// The same in one kernel.
+template <class A>
+void Model<A>::decode_whole(CudaState<A>* state, int64 vocab) {
+    if constexpr (kCopy) {
+        const Config& c = config;
+        const TokenPlan& plan = state->token_plan;
+        if (state->steps++ == 0) {
+            std::vector<TokenLayer> list;
+            for (int64 i = 0; i < c.L; ++i) {
+                const bool attention = c.is_attention(i);
+                const auto& past = state->layers[size_t(i)];
+                list.push_back({data(matrix(attention ? Param::q_proj : Param::c_proj, i)),
+                                data(matrix(attention ? Param::o_proj : Param::out_proj, i)),
+                                data(matrix(Param::gate_proj, i)), data(matrix(Param::down_proj, i)),
+                                w(Param::norm1, i), w(Param::norm2, i), w(Param::res1, i), w(Param::res2, i),
+                                attention ? nullptr : w(Param::dt_bias, i), attention ? nullptr : w(Param::A_log, i),
+                                past.S, past.k, past.v});
+            }
+            CHECK_CUDA(cudaMemcpyAsync(state->token_layers, list.data(), list.size() * sizeof(TokenLayer),
+                                       cudaMemcpyHostToDevice, stream));
+            CHECK_CUDA(cudaStreamSynchronize(stream));
+        }
+        TokenArgs args{state->token_layers,
+                       w(Param::word_embed),
+                       w(Param::final_norm),
+                       cos_qk,
+                       sin_qk,
+                       cos_cb,
+                       sin_cb,
+                       data(matrix(c.tie ? Param::word_embed : Param::lm_head, -1)),
+                       tokens,
+                       state->cursor,
+                       state->best,
+                       logits32,
+                       state->x,
+                       state->proj,
+                       state->y,
+                       state->mid,
+                       state->h,
+                       state->partial,
+                       int(vocab),
+                       state->tag};
+        state->tag += uint32_t(c.L);
+        void* pointers[] = {const_cast<TokenPlan*>(&plan), &args};
+        const void* kernel = plan.P > 64 ? (const void*)token_kernel<16> : (const void*)token_kernel<8>;
+        CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
+        CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.blocks)), dim3(kTokenThreads), pointers,
+                                               size_t(plan.shared), stream));
+        if (profile) profile->mark("token", stream);
+        launch("choose", choose_kernel, 1, 256, 0, stream, tokens, state->chosen, state->cursor, state->best, B);
+    }
 }
 
 // proj -> y for one token of each sequence
