@@ -2308,8 +2308,8 @@ static void attention_step(A* y, float* partial, A* k_cache, A* v_cache, const A
                            const float* sin, const AttentionShape& n, Position position, int64 splits,
                            cudaStream_t stream) {
     const auto go = [&](auto kernel) {
-        launch("attention_step", kernel, n.B * n.H * splits, kDecodeThreads, 0, stream, partial, k_cache, v_cache,
-               proj, cos, sin, n, position, splits, float(double(kLog2e) / std::sqrt(double(n.P))));
+        launch("attention_step", kernel, n.B * n.H * splits, kDecodeThreads, 0, stream, partial, k_cache, v_cache, proj,
+               cos, sin, n, position, splits, float(double(kLog2e) / std::sqrt(double(n.P))));
     };
     if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
     else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
@@ -2372,8 +2372,8 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
 }
 
 // ---- A whole token in one kernel ------------------------------------------------------------------------------------------
-// With few sequences a layer's weights pass in a few microseconds, and the pauses between kernels would take longer than
-// that. So one kernel does all layers. It has one block per multiprocessor, all of them running at once (a cooperative
+// With one or two sequences a layer's weights pass in a few microseconds, and the pauses between kernels would take longer
+// than that. So one kernel does all layers. It has one block per multiprocessor, all of them running at once (a cooperative
 // launch), and every block owns the same share of the rows of every matrix.
 //
 // WEIGHTS. A block's rows of the four matrices of one layer fit into its shared memory. As soon as a matrix has been used,
@@ -2413,7 +2413,7 @@ __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair <<
 __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-static constexpr int kTokenThreads = 256, kTokenWarps = 8, kTokenSequences = 4, kTokenTiles = 4, kTokenAhead = 3;
+static constexpr int kTokenThreads = 256, kTokenWarps = 8, kTokenSequences = 2, kTokenTiles = 4, kTokenAhead = 3;
 
 struct TokenLayer {  // where a layer's parameters and state lie
     const bf16 *in, *out, *gate_up, *down;
@@ -2428,10 +2428,11 @@ struct TokenPlan {
     float eps;
     bool decay;
     // Shared memory in bytes: the layers | per warp: in, out, gate_up, down | activations | sums of the warps | squares
-    int row_d, row_f;                                   // from row to row of a matrix: 1/8 of D or F, and 16 bytes more
-    int out_at, gate_up_at, down_at, warp_bytes;        // within a warp's share
+    int row_d, row_f;                             // from row to row of a matrix: 1/8 of D or F, and 16 bytes more
+    int out_at, gate_up_at, down_at, warp_bytes;  // within a warp's share
     int weights_at, x_at, x_row, sums_at, squares_at, shared;
-    int slots[5];  // the head's tiles of 16 rows take the places of in | out | gate_up | down: the first of each, and all
+    // The head's tiles of 16 rows take the places of in | out | gate_up | down: the first tile of each, and how many in all.
+    int slots[5];
 };
 struct TokenArgs {
     const TokenLayer* layers;
@@ -2458,9 +2459,23 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
                       c.P() % 16 == 0 && c.P() <= 128 && c.H % 2 == 0 && c.V < (1 << 30);
     if (!fits) return false;
     blocks = int(std::min<int64>({blocks, c.D / 2, c.F / 2}));  // each has rows of every matrix
-    *t = {int(B), int(c.D), int(c.F), int(c.L), int(c.H), int(c.Hkv), int(c.P()), int(c.N), int(c.V),
-          int(padded8(c.V)), 1, blocks, {int(padded8(c.ssd_width())), int(padded8(c.attn_width()))}, capacity,
-          float(c.norm_eps), c.ssd_decay, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, {}};
+    *t = {};
+    t->B = int(B);
+    t->D = int(c.D);
+    t->F = int(c.F);
+    t->L = int(c.L);
+    t->H = int(c.H);
+    t->Hkv = int(c.Hkv);
+    t->P = int(c.P());
+    t->N = int(c.N);
+    t->V = int(c.V);
+    t->logits_ld = int(padded8(c.V));
+    t->blocks = blocks;
+    t->in_width[0] = int(padded8(c.ssd_width()));
+    t->in_width[1] = int(padded8(c.attn_width()));
+    t->capacity = capacity;
+    t->eps = float(c.norm_eps);
+    t->decay = c.ssd_decay;
     t->splits = int(std::max<int64>(1, std::min<int64>({blocks / (B * c.H), 32, ceil_div(capacity, 32)})));
     const auto most = [&](int units) { return int(ceil_div(units, blocks)); };
     const int in_rows = 2 * most(std::max(t->in_width[0], t->in_width[1]) / 2), d_rows = 2 * most(t->D / 2),
@@ -2570,7 +2585,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
             for (int u = 0; u < kBatch; ++u) {
                 const int i = base + u * kTokenThreads;
                 if (i >= total) continue;
-                const int b = (i >= half) + (i >= 2 * half) + (i >= 3 * half), j = i - b * half;
+                const int b = i >= half, j = i - b * half;
                 uint32_t pair = fetch(words[u], i, b, j);
                 if (weight) {
                     const float x0 = low_half(pair), x1 = high_half(pair), s = x0 * x0 + x1 * x1;
@@ -2611,11 +2626,11 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
         const int tiles = (rows + 15) / 16;
         const bool mine = lane / 4 < B;
         const unsigned char* x = act + lane / 4 * n.x_row + 2 * (warp * width + acc_col());
-        const auto operand = [&](uint32_t (&b)[2], int k) {
+        const auto operand = [&](uint32_t(&b)[2], int k) {
             b[0] = mine ? *reinterpret_cast<const uint32_t*>(x + 2 * k) : 0;
             b[1] = mine ? *reinterpret_cast<const uint32_t*>(x + 2 * k + 16) : 0;
         };
-        const auto step = [&](float (&d)[4], const uint32_t (&b)[2], int tile, int k) {
+        const auto step = [&](float(&d)[4], const uint32_t(&b)[2], int tile, int k) {
             uint32_t a[4];
             const int r = min(tile * 16 + lane % 16, rows - 1);
             load_matrices<false>(a, reinterpret_cast<const bf16*>(weights + r * row_bytes) + k + lane / 16 * 8);
@@ -2785,7 +2800,8 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
             }
         } else {
             // A block per split of a head; the last one also takes the new key and value, and appends them.
-            const int group = thread / kLanes, e = thread % kLanes * 8, half = n.P / 2, pair = e < half ? e + half : e - half;
+            const int group = thread / kLanes, e = thread % kLanes * 8, half = n.P / 2,
+                      pair = e < half ? e + half : e - half;
             float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(act);
             for (int u = block; u < units; u += n.blocks) {
                 const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H, hkv = h / (n.H / n.Hkv);
@@ -2798,8 +2814,8 @@ __global__ void __launch_bounds__(kTokenThreads, 1)
                 load<8>(sn, g.sin_qk + past * half + at % half);
                 const auto turned = [&](float(&f)[8], int head) {  // of q or the new k
                     const Word* from = g.proj + b * width2 + head * n.P / 2;
-                    const Word* const where[8] = {from + at / 2,        from + at / 2 + 1,    from + at / 2 + 2,
-                                                  from + at / 2 + 3,    from + other / 2,     from + other / 2 + 1,
+                    const Word* const where[8] = {from + at / 2,        from + at / 2 + 1,   from + at / 2 + 2,
+                                                  from + at / 2 + 3,    from + other / 2,    from + other / 2 + 1,
                                                   from + other / 2 + 2, from + other / 2 + 3};
                     uint32_t w[8];
                     receive(w, where, tag);
@@ -4330,7 +4346,8 @@ static double decode_bytes(const Config& c, int64 B, int64 context, int64 elemen
 
 int bench_command(int argc, char** argv) {
     std::string name = "5m", precision = "bf16";
-    int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64, attn_period = -1, training = 1;
+    int64 B = 4, length = 0, decode_tokens = 128, repeats = 10, decode_batch = 1, prompt = 64, attn_period = -1,
+          training = 1;
     Options o(
         "transxssm",
         "usage: transxssm bench [options]\n\nTimes training, evaluation and decoding on the GPU; prints medians, and "
@@ -4381,17 +4398,17 @@ int bench_command(int argc, char** argv) {
         return median(times);
     };
     if (training) {
-    const double train = time(train_step);
-    const double eval = time([&] { engine->forward(tokens.data(), tokens.data() + 1, B, length); });
-    printf("train step  B %lld x T %lld  %9.2f ms  %9.0f tokens/s", (long long)B, (long long)length, 1e3 * train,
-           double(rows) / train);
-    if (engine->peak() > 0)
-        printf("  (%.1f%% of the data sheet's peak)",
-               100 * flops_per_token(c, length) * double(rows) / train / engine->peak());
-    printf("\nevaluation  B %lld x T %lld  %9.2f ms  %9.0f tokens/s\n", (long long)B, (long long)length, 1e3 * eval,
-           double(rows) / eval);
-    fflush(stdout);
-    print_profile(train_step);
+        const double train = time(train_step);
+        const double eval = time([&] { engine->forward(tokens.data(), tokens.data() + 1, B, length); });
+        printf("train step  B %lld x T %lld  %9.2f ms  %9.0f tokens/s", (long long)B, (long long)length, 1e3 * train,
+               double(rows) / train);
+        if (engine->peak() > 0)
+            printf("  (%.1f%% of the data sheet's peak)",
+                   100 * flops_per_token(c, length) * double(rows) / train / engine->peak());
+        printf("\nevaluation  B %lld x T %lld  %9.2f ms  %9.0f tokens/s\n", (long long)B, (long long)length, 1e3 * eval,
+               double(rows) / eval);
+        fflush(stdout);
+        print_profile(train_step);
     }
     if (decode_tokens > 0) {
         std::vector<float> logits(size_t(decode_batch * c.V));
@@ -4414,9 +4431,10 @@ int bench_command(int argc, char** argv) {
         engine->decode_greedy(*state, next.data(), decode_tokens, c.V, chosen.data());
         const double t = (seconds_now() - start) / double(decode_tokens);
         const double bytes = decode_bytes(c, decode_batch, prompt + decode_tokens / 2, precision == "fp32" ? 4 : 2);
-        printf("decode      %lld sequences after %lld tokens, greedy  %8.3f ms  %8.0f tokens/s  %.3f GB a step, %.2f TB/s\n",
-               (long long)decode_batch, (long long)prompt, 1e3 * t, double(decode_batch) / t, bytes / 1e9,
-               bytes / t / 1e12);
+        printf(
+            "decode      %lld sequences after %lld tokens, greedy  %8.3f ms  %8.0f tokens/s  %.3f GB a step, %.2f TB/s\n",
+            (long long)decode_batch, (long long)prompt, 1e3 * t, double(decode_batch) / t, bytes / 1e9,
+            bytes / t / 1e12);
         std::vector<double> times;
         for (int64 i = 0; i < decode_tokens; ++i) {
             start = seconds_now();
