@@ -3057,6 +3057,18 @@ std::vector<int32_t> prompt_tokens(const Config& config, const Tokenizer& tokeni
 
 }  // namespace
 
+void Engine::decode_greedy(State& state, const int32_t* last, int64 count, int64 vocab, int32_t* chosen) {
+    Sampler greedy;
+    greedy.temperature = 0;
+    std::vector<int32_t> next(last, last + state.B);
+    std::vector<float> logits(size_t(state.B * config.V));
+    for (int64 i = 0; i < count; ++i) {
+        step(state, next.data(), 1, logits.data());
+        for (int64 b = 0; b < state.B; ++b)
+            chosen[b * count + i] = next[size_t(b)] = greedy.choose(logits.data() + b * config.V, vocab, 0);
+    }
+}
+
 void generate(Engine& engine, const Tokenizer& tokenizer, const std::string& prompt, int64 count,
               const Sampler& sampler, const std::function<void(const std::string& bytes)>& out) {
     const Config& c = engine.config;
@@ -3067,11 +3079,24 @@ void generate(Engine& engine, const Tokenizer& tokenizer, const std::string& pro
     std::vector<float> logits(static_cast<size_t>(c.V));
     for (int64 i = 0; i < n; i += c.T)  // in pieces, so that a long prompt needs no more memory than training did
         engine.step(*state, ids.data() + i, std::min(c.T, n - i), logits.data());
-    for (int64 i = 0; i < count; ++i) {
-        const int32_t id = sampler.choose(logits.data(), vocab, uint64_t(i));
-        if (id == tokenizer.end_of_text()) return;
-        out(tokenizer.bytes_of(id));
-        if (i + 1 < count) engine.step(*state, &id, 1, logits.data());
+    // Greedy: a few tokens at a time without their logits, if the engine can; what follows an end of text is dropped.
+    const bool greedy = sampler.temperature == 0;
+    std::vector<int32_t> ids_made{sampler.choose(logits.data(), vocab, 0)};
+    for (int64 made = 0;;) {
+        for (const int32_t id : ids_made) {
+            if (id == tokenizer.end_of_text()) return;
+            out(tokenizer.bytes_of(id));
+        }
+        made += int64(ids_made.size());
+        if (made == count) return;
+        const int32_t last = ids_made.back();
+        ids_made.resize(greedy ? size_t(std::min<int64>(8, count - made)) : 1);
+        if (greedy) {
+            engine.decode_greedy(*state, &last, int64(ids_made.size()), vocab, ids_made.data());
+        } else {
+            engine.step(*state, &last, 1, logits.data());
+            ids_made[0] = sampler.choose(logits.data(), vocab, uint64_t(made));
+        }
     }
 }
 

@@ -193,6 +193,9 @@ class Engine {
     // last, (B,V), or after every one, (B,n,V). Any split of a text into steps gives the same result up to rounding.
     virtual std::unique_ptr<State> new_state(int64 B, int64 capacity) const = 0;
     virtual void step(State&, const int32_t* tokens, int64 n, float* logits, bool every_token = false) = 0;
+    // Greedy decoding. Each sequence consumes its token of `last`, (B), and then, count - 1 times, the one it chose: that
+    // of the greatest of the first `vocab` logits, the lower id among equals. chosen: (B,count).
+    virtual void decode_greedy(State&, const int32_t* last, int64 count, int64 vocab, int32_t* chosen);
     // State files: layers.I.ssm_state, layers.I.k, layers.I.v, position, batch (docs/format.md).
     virtual void save_state(const State&, const std::string& path) const = 0;
     virtual std::unique_ptr<State> load_state(const std::string& path, int64 capacity) const = 0;
@@ -599,9 +602,13 @@ void ssd_dt_forward(float* dt, float* dA, const float* dt_raw, const float* dt_b
 void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float* ddt, const float* ddA,
                      const float* dt_raw, const float* dt_bias, const float* A_log, const float* dA, bool decay,
                      int64 rows, int64 H, int64 ld);
-// One token, S advanced in place.
-void ssd_step(Precision, float* Y, float* S, const float* sc, const float* sb, const float* sx, const float* dt,
-              const float* dA, const SsdShape&);
+// One token at position `pos`, from rows C | B | X | dt_raw before RoPE; S is advanced in place.
+void ssd_step(Precision, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
+              const ref::RopeTable<float>&, int64 pos, bool decay, const SsdShape&);
+// One token after `past` others, from rows q | k | v before RoPE; its k and v are appended to the caches. The keys are
+// dealt out to `splits` blocks.
+void attention_step(Precision, float* y, float* k_cache, float* v_cache, const float* proj,
+                    const ref::RopeTable<float>&, int64 past, int64 splits, const AttentionShape&);
 // RoPE of C and B is part of these: angles of `table` (which has at least 65 positions) from position pos0 on; null: none.
 void ssd_chunked_forward(Precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
                          const float* dt, const float* dA, const float* S_0, const ref::RopeTable<float>* table,

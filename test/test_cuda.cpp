@@ -351,24 +351,73 @@ TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths,
                     }
 }
 
-TEST_CASE("cuda: the SSD decode step equals the recurrence") {
+TEST_CASE("cuda: the SSD decode step equals RoPE, dt and the recurrence") {
     for (const Case& k : precisions)
-        for (const Shape& s : std::vector<Shape>{{1, 6, 14}, {3, 64, 128}}) {
-            const int64 B = 3, H = s[0], P = s[1], N = s[2], ld = 2 * H * N + H * P, PN = B * H * P * N;
-            CAPTURE(k.name);
-            const SsdShape n{B, 1, H, P, N, 16, ld};
-            const auto p = normals(k.precision, "proj", B * ld);
-            const std::vector<float> dt(size_t(B * H), 0.3f), dA(size_t(B * H), -0.7f);
-            std::vector<float> S = normals(Precision::fp32, "S", PN), gY = sized<float>(B * H * P), gS = S;
-            std::vector<double> Sd = wide(S), Y = sized<double>(B * H * P);
-            const auto pd = wide(p);
-            ssd_recurrent_forward(Y.data(), Sd.data(), pd.data(), pd.data() + H * N, pd.data() + 2 * H * N,
-                                  wide(dt).data(), wide(dA).data(), Sd.data(), n);
-            cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), p.data() + H * N, p.data() + 2 * H * N,
-                           dt.data(), dA.data(), n);
-            CHECK_EQ(compare("Y", gY, Y, tolerance(k.precision).plain), "");
-            CHECK_EQ(compare("S", gS, Sd, 1e-6), "");  // fp32 in any precision
-        }
+        for (const bool decay : {true, false})
+            for (const Shape& s : std::vector<Shape>{{1, 6, 14}, {3, 64, 128}, {5, 12, 36}}) {
+                const int64 B = 3, H = s[0], P = s[1], N = s[2], width = 2 * H * N + H * P + H,
+                            ld = (width + 7) / 8 * 8;
+                const int64 PN = B * H * P * N, pos = 21;
+                CAPTURE(k.name);
+                CAPTURE(N);
+                const SsdShape n{B, 1, H, P, N, 16, ld};
+                const auto p = normals(k.precision, "proj", B * ld);
+                const auto bias = normals(Precision::fp32, "dt_bias", H), log = normals(Precision::fp32, "A_log", H);
+                std::vector<float> S = normals(Precision::fp32, "S", PN), gY = sized<float>(B * H * P), gS = S;
+                std::vector<double> Sd = wide(S), Y = sized<double>(B * H * P), dt = sized<double>(B * H), dA = dt;
+                auto pd = wide(p);
+                RopeTable<double> table_d;
+                RopeTable<float> table;
+                table_d.extend(N, 10000, pos + 1);
+                table.extend(N, 10000, pos + 1);
+                ref::rope(pd.data(), table_d, B, 1, 2 * H, ld, pos, false);
+                ref::ssd_dt_forward(dt.data(), dA.data(), pd.data() + 2 * H * N + H * P, wide(bias).data(),
+                                    wide(log).data(), decay, B, H, ld);
+                ssd_recurrent_forward(Y.data(), Sd.data(), pd.data(), pd.data() + H * N, pd.data() + 2 * H * N,
+                                      dt.data(), dA.data(), Sd.data(), n);
+                cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), bias.data(), log.data(), table, pos, decay,
+                               n);
+                CHECK_EQ(compare("Y", gY, Y, tolerance(k.precision).plain), "");
+                CHECK_EQ(compare("S", gS, Sd, 1e-6), "");  // fp32 in any precision
+            }
+}
+
+TEST_CASE("cuda: the attention decode step equals RoPE and attention over the cache, in any number of splits") {
+    for (const Case& k : precisions)
+        for (const Shape& s : std::vector<Shape>{{2, 2, 64}, {4, 2, 6}, {3, 1, 40}, {2, 1, 128}})
+            for (const int64 past : std::vector<int64>{0, 1, 130, 700})
+                for (const int64 splits : std::vector<int64>{1, 5}) {
+                    const int64 B = 2, H = s[0], Hkv = s[1], P = s[2], width = (H + 2 * Hkv) * P,
+                                ld = (width + 7) / 8 * 8;
+                    const int64 capacity = past + 3, row = Hkv * P;
+                    CAPTURE(k.name);
+                    CAPTURE(P);
+                    CAPTURE(past);
+                    CAPTURE(splits);
+                    const AttentionShape n{B, 1, past + 1, H, Hkv, P, ld, row, capacity * row};
+                    const auto p = normals(k.precision, "proj", B * ld);
+                    std::vector<float> K = normals(k.precision, "K", B * n.seq_kv),
+                                       V = normals(k.precision, "V", B * n.seq_kv);
+                    std::vector<float> gK = K, gV = V, gy = sized<float>(B * H * P);
+                    std::vector<double> pd = wide(p), Kd = wide(K), Vd = wide(V), y = sized<double>(B * H * P),
+                                        lse = sized<double>(B * H);
+                    RopeTable<double> table_d;
+                    RopeTable<float> table;
+                    table_d.extend(P, 10000, past + 1);
+                    table.extend(P, 10000, past + 1);
+                    ref::rope(pd.data(), table_d, B, 1, H + Hkv, ld, past, false);
+                    for (int64 b = 0; b < B; ++b)
+                        for (int64 i = 0; i < row; ++i) {
+                            Kd[size_t(b * n.seq_kv + past * row + i)] = pd[size_t(b * ld + H * P + i)];
+                            Vd[size_t(b * n.seq_kv + past * row + i)] = pd[size_t(b * ld + H * P + row + i)];
+                        }
+                    ref::attention_forward(y.data(), lse.data(), pd.data(), Kd.data(), Vd.data(), n);
+                    cuda::attention_step(k.precision, gy.data(), gK.data(), gV.data(), p.data(), table, past, splits,
+                                         n);
+                    CHECK_EQ(compare("y", gy, y, tolerance(k.precision).product), "");
+                    CHECK_EQ(compare("k", gK, Kd, tolerance(k.precision).plain), "");
+                    CHECK_EQ(compare("v", gV, Vd, tolerance(k.precision).plain), "");
+                }
 }
 
 TEST_CASE("cuda: dt, its decay and their gradients equal the reference") {
@@ -499,7 +548,7 @@ std::vector<float> lively_weights(Precision p, const Config& c) {
         const Philox stream(4, s.name.c_str());
         for (int64 i = 0; i < s.count; ++i) {
             float& x = w[size_t(s.offset + i)];
-            if (s.init == Init::normal) x = on_grid(p, 10 * x);
+            if (s.init == Init::normal) x = on_grid(p, (c.D > 64 ? 3 : 10) * x);  // a layer's gain is about 1
             if (s.init == Init::ones) x += 0.2f * float(stream.normal_at(uint64_t(i)));
         }
     }
@@ -666,6 +715,105 @@ TEST_CASE("cuda: prefill in any split and single steps equal the CPU's full pass
                 }
             }
         }
+}
+
+// Tokens one by one against the CPU's full pass; the same bits twice; and on the way a state that is saved and loaded.
+namespace {
+void check_decoding(Precision precision, const Config& c, int64 B, int64 prompt, int64 steps, double tol) {
+    const int64 T = prompt + steps;
+    const auto tokens = random_tokens(c.V, B * T);
+    const auto w = lively_weights(precision, c);
+    const auto gpu = make_cuda_engine(c, precision), cpu = make_cpu_engine(c);
+    gpu->write(Buffer::weights, w.data());
+    cpu->write(Buffer::weights, w.data());
+    const auto columns_of = [&](int64 at, int64 n) {
+        std::vector<int32_t> part;
+        for (int64 b = 0; b < B; ++b)
+            part.insert(part.end(), tokens.begin() + b * T + at, tokens.begin() + b * T + at + n);
+        return part;
+    };
+    TempDir tmp;
+    std::vector<float> first(size_t(B * c.V)), logits(first), wanted(first);
+    const auto reference = cpu->new_state(B, T);
+    for (int run = 0; run < 2; ++run) {
+        std::unique_ptr<State> state = gpu->new_state(B, T);
+        gpu->step(*state, columns_of(0, prompt).data(), prompt, logits.data());
+        if (run == 0) cpu->step(*reference, columns_of(0, prompt).data(), prompt, wanted.data());
+        for (int64 i = 0; i < steps; ++i) {
+            if (run == 1 && i == steps / 2) {
+                gpu->save_state(*state, tmp / "state");
+                state = gpu->load_state(tmp / "state", T);
+            }
+            gpu->step(*state, columns_of(prompt + i, 1).data(), 1, logits.data());
+            if (run == 1) continue;
+            cpu->step(*reference, columns_of(prompt + i, 1).data(), 1, wanted.data());
+            CHECK_EQ(compare("logits", logits, wanted, tol), "");
+        }
+        if (run == 0) first = logits;
+    }
+    CHECK_EQ(compare_bits("logits", logits, first), "");
+}
+Config wide_model() {  // of widths that take every fast path
+    Config c = small();
+    c.V = 515;
+    c.D = 256;
+    c.H = 4;
+    c.Hkv = 4;
+    c.N = 64;
+    c.F = 384;
+    c.L = 4;
+    c.Q = 64;
+    return c;
+}
+}  // namespace
+
+TEST_CASE("cuda: decoding 1, 3, 8, 20 and 64 sequences equals the CPU's, for every kind of model") {
+    for (const Case& k : precisions) {
+        CAPTURE(k.name);
+        const double tol = k.precision == Precision::fp32 ? 1e-4 : 0.06;
+        for (const int64 B : std::vector<int64>{1, 3, 8, 20, 64}) {
+            CAPTURE(B);
+            for (const auto& kind : kinds()) {
+                CAPTURE(kind.first);
+                if (B == 3 || B == 20 || kind.first == "hybrid") check_decoding(k.precision, kind.second, B, 5, 6, tol);
+            }
+            check_decoding(k.precision, wide_model(), B, 3, 6, tol);
+        }
+        Config c = wide_model();
+        c.Hkv = 2;
+        c.tie = false;
+        c.ssd_decay = false;
+        c.N = 128;
+        check_decoding(k.precision, c, 2, 1, 6, tol);
+        check_decoding(k.precision, wide_model(), 1, 900, 5, tol);  // a cache in several splits
+        c.attn_period = 0;
+        check_decoding(k.precision, c, 2, 1, 6, tol);
+    }
+}
+
+TEST_CASE("cuda: greedy decoding chooses the tokens that its own logits rank first") {
+    for (const Case& k : precisions)
+        for (const Config& c : {small(), wide_model()})
+            for (const int64 B : std::vector<int64>{1, 3, 20}) {
+                CAPTURE(k.name);
+                CAPTURE(B);
+                const auto gpu = make_cuda_engine(c, k.precision);
+                gpu->write(Buffer::weights, lively_weights(k.precision, c).data());
+                const int64 count = 70, vocab = c.V - 2;
+                std::vector<int32_t> last = random_tokens(c.V, B), chosen(size_t(B * count)), wanted(chosen);
+                const auto a = gpu->new_state(B, count), b = gpu->new_state(B, count);
+                gpu->decode_greedy(*a, last.data(), count, vocab, chosen.data());
+                gpu->Engine::decode_greedy(*b, last.data(), count, vocab, wanted.data());  // by the logits, on the host
+                CHECK(chosen == wanted);
+                CHECK_EQ(a->position, count);
+                CHECK_ERROR(gpu->decode_greedy(*a, last.data(), 1, vocab, chosen.data()), "room for 70");
+            }
+    auto w = lively_weights(Precision::bf16, wide_model());
+    w[size_t(ParamTable(wide_model()).offset(Param::final_norm)) + 7] = NAN;
+    const auto gpu = make_cuda_engine(wide_model(), Precision::bf16);
+    gpu->write(Buffer::weights, w.data());
+    int32_t token = 1;
+    CHECK_ERROR(gpu->decode_greedy(*gpu->new_state(1, 4), &token, 2, 100, &token), "is not a finite number");
 }
 
 TEST_CASE("cuda: a saved state goes on as if it had not been saved, and moves between CPU and GPU") {
