@@ -554,6 +554,37 @@ std::vector<float> lively_weights(Precision p, const Config& c) {
     }
     return w;
 }
+// How far rounding to bf16 alone takes the logits of a token: the reference in float, which rounds what a bf16 engine would
+// store, against `truth`. Relative L2 of the worst token.
+struct Bf16Rounding : ref::Probe<float> {
+    void see(const std::string& name, float* data, const Shape& shape, int64 ld) override {
+        for (const char* kept : {"dt", "dA", "cs", "state_in", "state_out", "final_state", "lse", "losses"})
+            if (name.substr(name.rfind('.') + 1) == kept) return;
+        const int64 rows = shape[0] * shape[1], width = element_count(shape) / rows;
+        for (int64 r = 0; r < rows; ++r)
+            for (int64 j = 0; j < width; ++j) data[r * ld + j] = on_grid(Precision::bf16, data[r * ld + j]);
+    }
+    const float* final_state_cotangent(int64) const override { return nullptr; }
+};
+double bf16_noise(const Config& c, const std::vector<float>& w, const std::vector<int32_t>& tokens, int64 B,
+                  const std::vector<double>& truth) {
+    Model<float> m(c);
+    Bf16Rounding rounding;
+    m.probe = &rounding;
+    m.weights = w;
+    m.forward(tokens.data(), nullptr, B, int64(tokens.size()) / B, nullptr, nullptr);
+    double most = 0;
+    for (int64 r = 0; r < int64(tokens.size()); ++r) {
+        double error = 0, size = 0;
+        for (int64 i = r * c.V; i < (r + 1) * c.V; ++i) {
+            const double e = double(m.logits[size_t(i)]) - truth[size_t(i)];
+            error += e * e;
+            size += truth[size_t(i)] * truth[size_t(i)];
+        }
+        most = std::max(most, std::sqrt(error / size));
+    }
+    return most;
+}
 std::vector<float> read_buffer(const Engine& e, Buffer which) {
     std::vector<float> v(size_t(e.table.count));
     e.read(which, v.data());
@@ -693,7 +724,8 @@ TEST_CASE("cuda: prefill in any split and single steps equal the CPU's full pass
             truth.forward(tokens.data(), nullptr, B, T, nullptr, nullptr);
             const auto gpu = make_cuda_engine(c, k.precision);
             gpu->write(Buffer::weights, w.data());
-            const double tol = k.precision == Precision::fp32 ? 1e-4 : 0.06;
+            // Some comparisons are of one token alone. In bf16 that allows twice what rounding does to the worst one.
+            const double tol = k.precision == Precision::fp32 ? 1e-4 : 2 * bf16_noise(c, w, tokens, B, truth.logits);
             for (const std::vector<int64>& split :
                  std::vector<std::vector<int64>>{{70}, {1, 69}, {64, 6}, {65, 1, 1, 3}, {1, 1, 66, 2}}) {
                 const auto state = gpu->new_state(B, T + 3);
