@@ -316,7 +316,12 @@ class Blas {
     // wider matrices of `1.3b` are better off with the first choice.
     static std::vector<int> preferred_tiles(int type_c, int64 M, int64 N, int64 K) {
         constexpr int64 kMany = 8192;  // tokens: what was timed; decoding, say, is another matter
-        if (type_c == CUDA_R_16BF && M >= kMany) return {CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_MATMUL_TILE_128x160};
+#if CUDART_VERSION >= 12090  // older headers may not have the name
+        constexpr int wide = CUBLASLT_MATMUL_TILE_176x128;
+#else
+        constexpr int wide = CUBLASLT_MATMUL_TILE_128x160;
+#endif
+        if (type_c == CUDA_R_16BF && M >= kMany) return {wide, CUBLASLT_MATMUL_TILE_128x160};
         if (type_c == CUDA_R_32F && K >= kMany && N <= 1024) return {CUBLASLT_MATMUL_TILE_128x192};
         return {};
     }
@@ -5165,8 +5170,8 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     float* S = past ? past->S : nullptr;
     Memory final_state;  // training does not need it
     if (probe && !past) final_state.resize(size_t(B * H * P * N) * sizeof(float), "the final state");
-    ssd_forward<A>(a.y, past ? S : final_state.at<float>(), past ? nullptr : a.chunk_states, segment_scratch, sc, sb, sx,
-                   a.dt, a.dA, S, {cos_cb, sin_cb, before}, n, tiles, stream);
+    ssd_forward<A>(a.y, past ? S : final_state.at<float>(), past ? nullptr : a.chunk_states, segment_scratch, sc, sb,
+                   sx, a.dt, a.dA, S, {cos_cb, sin_cb, before}, n, tiles, stream);
     see(i, "ssd.y", a.y, {B, T, H, P});
     if (!past) see(i, "ssd.final_state", final_state.at<float>(), {B, H, P, N});
 }
