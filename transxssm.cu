@@ -316,7 +316,7 @@ class Blas {
     // wider matrices of `1.3b` are better off with the first choice.
     static std::vector<int> preferred_tiles(int type_c, int64 M, int64 N, int64 K) {
         constexpr int64 kMany = 8192;  // tokens: what was timed; decoding, say, is another matter
-#if CUDART_VERSION >= 12090  // older headers may not have the name
+#if CUDART_VERSION >= 12090            // older headers may not have the name
         constexpr int wide = CUBLASLT_MATMUL_TILE_176x128;
 #else
         constexpr int wide = CUBLASLT_MATMUL_TILE_128x160;
