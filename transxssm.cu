@@ -4840,6 +4840,7 @@ void Model<A>::extend_rope(int64 positions) {
     cb.extend(config.N, config.rope_theta, qk.positions);
     CHECK_CUDA(cudaStreamSynchronize(stream));
     ++layout_count;
+    rope_positions = 0;  // should there be no memory
     Arena plan;
     for (int pass = 0; pass < 2; ++pass) {
         plan.take(&cos_qk, int64(qk.cos.size()));
@@ -4998,12 +4999,12 @@ template <class A>
 void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 count, int64 vocab, float* host_logits,
                       int32_t* chosen) {
     const Config& c = config;
+    if (vocab < 1 || vocab > c.V) fail("cannot choose among %lld of %lld tokens", (long long)vocab, (long long)c.V);
+    check_tokens(last_tokens, state->B);
+    check_room(*state, state->B, count);
+    has_targets = dropout_on = false;
     B = state->B;
     T = 1;
-    if (vocab < 1 || vocab > c.V) fail("cannot choose among %lld of %lld tokens", (long long)vocab, (long long)c.V);
-    check_tokens(last_tokens, B);
-    check_room(*state, B, count);
-    has_targets = dropout_on = false;
     prepare(B, 1, false);
     extend_rope(state->position + count);
     CHECK_CUDA(cudaMemcpyAsync(tokens, last_tokens, size_t(B) * sizeof(int32_t), cudaMemcpyHostToDevice, stream));
@@ -5408,7 +5409,8 @@ std::string Model<A>::find_non_finite() {
             look(at + "gate and up", a.gate_up, rows, 2 * config.F, 2 * config.F);
         }
         look("activation final input", x_final, rows, D, D);
-        if (head_rows == rows && has_targets) look("activation logits", logits, rows, config.V, padded8(config.V));
+        if (head_rows == rows && has_targets)
+            look("logits, or their gradient", logits, rows, config.V, padded8(config.V));
     }
     look_parameters(Buffer::gradients, "gradient");
     return bad;
@@ -6093,10 +6095,15 @@ void Bench::train(const std::string& name) {
 // One more step with an event after each launch: how long each kind of launch took in all.
 void Bench::launches(const char* kind, const std::string& model, int64 B, int64 T, const std::function<void()>& step) {
     Profile marks;
-    profile = &marks;
-    marks.mark("", nullptr);
-    step();
-    profile = nullptr;
+    struct Off {  // also when the step fails
+        ~Off() { profile = nullptr; }
+    };
+    {
+        const Off off;
+        profile = &marks;
+        marks.mark("", nullptr);
+        step();
+    }
     CHECK_CUDA(cudaDeviceSynchronize());
     std::vector<BenchRow> kinds;
     double total = 0;
@@ -6278,18 +6285,19 @@ void Bench::gemm() {
             add(BenchRow("gemm", m.name, what[pass], 1, step_tokens), [&](BenchRow* r) {
                 in_precision(precision, [&](auto a) {
                     using A = decltype(a);
-                    const int64 M = step_tokens, ld = m.out == c.V ? padded8(m.out) : padded32(m.out);  // as in Model
+                    const int64 M = step_tokens, ld = m.out == c.V ? padded8(m.out) : padded32(m.out);
+                    const int64 out = sizeof(A) == 2 ? ld : m.out;  // as in Model
                     Blas blas;
                     Random<A> x(M * m.in), w(ld * m.in), y(M * ld);
-                    Random<float> dw(m.out * m.in);
+                    Random<float> dw(ld * m.in);
                     r->tokens = 0;
                     r->flops = 2 * double(M) * double(m.in) * double(m.out);
                     r->bytes = sizeof(A) * double(M * (m.in + m.out)) +
                                (pass < 2 ? double(sizeof(A)) : 8.0) * double(m.in * m.out);
                     measure(r, repeats, [&] {
-                        if (pass == 0) linear_forward<A, A>(blas, y, ld, x, w, M, m.in, ld, nullptr);
-                        if (pass == 1) linear_backward_input<A>(blas, x, y, ld, w, M, m.in, ld, 1, nullptr);
-                        if (pass == 2) linear_backward_weight<A>(blas, dw, y, ld, x, M, m.in, m.out, 1, nullptr);
+                        if (pass == 0) linear_forward<A, A>(blas, y, ld, x, w, M, m.in, out, nullptr);
+                        if (pass == 1) linear_backward_input<A>(blas, x, y, ld, w, M, m.in, out, 1, nullptr);
+                        if (pass == 2) linear_backward_weight<A>(blas, dw, y, ld, x, M, m.in, out, 1, nullptr);
                     });
                 });
             });
@@ -6439,7 +6447,13 @@ int bench_command(int argc, char** argv) {
         bench.batches = {s.decode_batch};
         bench.families = {"hybrid"};
     } else {
-        bench.lengths = bench_list("lengths", s.lengths, 1, s.step_tokens);
+        if (!o.given("lengths")) {  // those that a step has room for
+            for (const int64 T : bench_list("lengths", s.lengths, 1, INT32_MAX))
+                if (T <= s.step_tokens) bench.lengths.push_back(T);
+            if (bench.lengths.empty()) bench.lengths = {s.step_tokens};
+        } else {
+            bench.lengths = bench_list("lengths", s.lengths, 1, s.step_tokens);
+        }
         bench.step_tokens = s.step_tokens;
         bench.contexts = bench_list("contexts", s.contexts, 1, 1 << 24);
         bench.batches = bench_list("batches", s.batches, 1, 1 << 20);
