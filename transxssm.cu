@@ -4570,7 +4570,8 @@ class Model {
     int64 rope_positions = 0, layout_count = 0;  // how often memory was laid out anew
     // not needed after the op that reads it
     A *m, *h, *dx, *dm, *du, *dy, *dproj, *dgate_up, *last;
-    float *ddt, *ddA, *dyy, *partial, *logits32, *segment_scratch;
+    float *ddt, *ddA, *partial, *logits32, *segment_scratch;
+    float* attention_stats;  // (B,H,T) pairs: log-sum-exp, dy . y
 
     static const char* buffer_name(Buffer which) {
         switch (which) {
@@ -4792,7 +4793,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     a->take(&du, rows * D);
     a->take(&ddt, rows * H);
     a->take(&ddA, rows * H);
-    a->take(&dyy, 2 * rows * H);
+    a->take(&attention_stats, 2 * rows * H);
     a->take(&partial, kPartialBlocks * 2 * std::max(D, H));
 }
 
@@ -4967,7 +4968,7 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
     see(-1, "final_norm", u_final, {B, T, D});
 }
 
-// x, u1 -> y, x_mid, u2, gate_up, h: all that the layer's backward pass reads
+// x, u1 -> y, x_mid, u2, gate_up: with x and u1 all that the layer's backward pass reads
 template <class A>
 void Model<A>::layer_forward(int64 i, CudaState<A>* state, Position before) {
     const Config& c = config;
@@ -5246,7 +5247,7 @@ void Model<A>::mixer_backward(int64 i) {
         const AttentionShape n{B, T, T, H, c.Hkv, P, ld, ld, T * ld};
         see_gradient(i, "attn.y", dy, {B, T, H, P});
         if (pad > 0) CHECK_CUDA(cudaMemsetAsync(d, 0, size_t(rows * ld) * sizeof(A), stream));
-        attention_backward(d, d + k, d + v, dyy, dy, proj, proj + k, proj + v, a.y, a.lse, n, stream);
+        attention_backward(d, d + k, d + v, attention_stats, dy, proj, proj + k, proj + v, a.y, a.lse, n, stream);
         rope(d, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, 0, true, stream);
     } else {
         const int64 b = H * N, x = 2 * H * N, dt = x + H * P;
@@ -5716,10 +5717,10 @@ void attention_backward(Precision precision, float* dq, float* dk, float* dv, co
         using A = decltype(a);
         const int64 rows = n.B * n.T, width = n.H * n.P;
         Array<A> qd(q, rows * n.ld_q), dqd(nullptr, rows * n.ld_q), dyd(dy, rows * width), yd(y, rows * width);
-        Array<float> ld(lse, rows * n.H), dyy(nullptr, 2 * rows * n.H);
+        Array<float> ld(lse, rows * n.H), stats(nullptr, 2 * rows * n.H);
         (void)dk;
         (void)dv;
-        attention_backward<A>(dqd, dqd + (k - q), dqd + (v - q), dyy, dyd, qd, qd + (k - q), qd + (v - q), yd, ld, n,
+        attention_backward<A>(dqd, dqd + (k - q), dqd + (v - q), stats, dyd, qd, qd + (k - q), qd + (v - q), yd, ld, n,
                               nullptr);
         dqd.to(dq);
     });
@@ -6243,10 +6244,10 @@ void Bench::attention() {
                     const int64 rows_ = r->B * T, k = H * P, v = k + Hkv * P;
                     const AttentionShape n{r->B, T, T, H, Hkv, P, ld, ld, T * ld};
                     Random<A> p(rows_ * ld), d(rows_ * ld), y(rows_ * H * P), dy(rows_ * H * P);
-                    Random<float> lse(rows_ * H), dyy(2 * rows_ * H);
+                    Random<float> lse(rows_ * H), stats(2 * rows_ * H);
                     const auto forward = [&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); };
                     const auto backward = [&] {
-                        attention_backward<A>(d, d + k, d + v, dyy, dy, p, p + k, p + v, y, lse, n, nullptr);
+                        attention_backward<A>(d, d + k, d + v, stats, dy, p, p + k, p + v, y, lse, n, nullptr);
                     };
                     const double in = double(rows_ * (H + 2 * Hkv) * P) * sizeof(A),
                                  out = double(rows_ * H * P) * sizeof(A),
