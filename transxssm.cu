@@ -104,7 +104,7 @@ template <class... P>
 static void launch(const char* name, void (*kernel)(P...), int64 blocks, int threads, size_t shared,
                    cudaStream_t stream, typename Same<P>::type... arguments) {
     if (blocks < 1 || blocks > INT32_MAX) fail("GPU: %s: %lld blocks: expected 1 to 2^31-1", name, (long long)blocks);
-    if (shared > 48 * 1024) {
+    if (shared > 47 * 1024) {  // 48 KB are allowed without asking, the kernel's own arrays included
         const cudaError_t e =
             cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
         if (e != cudaSuccess) {
@@ -3066,7 +3066,7 @@ static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A
 // dx = w_res dout + rstd (du w_norm - x rstd^2 sum(du w_norm x) / D)       dout null: no residual, its term is absent
 // dw_norm += sum_rows du x rstd,   dw_res += sum_rows dout x
 // dx and dout may be the same memory. A thread adds up its columns of all rows that it meets in registers; at the end
-// the block's sums are joined in shared memory, (2,D). partial (blocks, 2D): sums for dw_norm | dw_res.
+// the block's sums are joined in shared memory, (groups, 2D). partial (blocks, 2D): sums for dw_norm | dw_res.
 template <class A, int W, int K>
 __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* int(sizeof(A)) / 4)) <= 90 ? 2 : 1)
     norm_residual_backward_kernel(A* dx, float* partial, const A* dout, const A* du, const A* x, const float* w_res,
@@ -3121,28 +3121,20 @@ __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* in
             xv[k].write(dx + r * D, c, D);
         }
     }
-    for (int turns = 0; turns < groups; ++turns) {  // one group after the other, each its own columns
-        if (turns == group)
+    float* own = sums + int64(group) * 2 * D;
 #pragma unroll
-            for (int k = 0; k < K; ++k) {
-                const int c = c0 + k * stride;
-                if (c >= D) continue;
-                float a[W] = {}, b[W] = {};
-                if (turns > 0) {
-                    load<W>(a, sums + c);
-                    load<W>(b, sums + D + c);
-                }
-#pragma unroll
-                for (int i = 0; i < W; ++i) {
-                    a[i] += sum_norm[k][i];
-                    b[i] += sum_res[k][i];
-                }
-                store<W>(sums + c, a);
-                store<W>(sums + D + c, b);
-            }
-        __syncthreads();  // the next group adds to what this one has written
+    for (int k = 0; k < K; ++k) {
+        const int c = c0 + k * stride;
+        if (c >= D) continue;
+        store<W>(own + c, sum_norm[k]);
+        store<W>(own + D + c, sum_res[k]);
     }
-    for (int c = int(threadIdx.x); c < 2 * D; c += int(blockDim.x)) partial[blockIdx.x * 2 * D + c] = sums[c];
+    __syncthreads();  // every group's sums are there
+    for (int c = int(threadIdx.x); c < 2 * D; c += int(blockDim.x)) {
+        float s = 0;
+        for (int g = 0; g < int(groups); ++g) s += sums[int64(g) * 2 * D + c];
+        partial[blockIdx.x * 2 * D + c] = s;
+    }
 }
 // dw_res null with dout null.
 template <class A>
@@ -3153,8 +3145,8 @@ static void norm_residual_backward(A* dx, float* dw_norm, float* dw_res, float* 
     const int64 blocks = std::min(kNormBlocks, ceil_div(rows, kNormWarps / cut.warps));
     with_row_cut(cut, [&](auto W, auto K) {
         launch("norm_residual_backward", norm_residual_backward_kernel<A, decltype(W)::value, decltype(K)::value>,
-               blocks, kNormThreads, size_t(2 * D) * sizeof(float), stream, dx, partial, dout, du, x, w_res, w_norm,
-               rstd, rows, int(D), cut.warps);
+               blocks, kNormThreads, size_t(kNormWarps / cut.warps * 2 * D) * sizeof(float), stream, dx, partial, dout,
+               du, x, w_res, w_norm, rstd, rows, int(D), cut.warps);
     });
     add_partials(dw_norm, dw_res, partial, blocks, 2 * D, D, stream);
 }
