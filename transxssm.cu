@@ -2944,14 +2944,14 @@ static void with_row_cut(const RowCut& cut, F body) {
         template_numbers<4, 4>(cut, body) || template_numbers<4, 6>(cut, body) || template_numbers<4, 8>(cut, body);
 }
 
-// Sum over the threads of a row: `warps` warps (a power of 2), which meet at a barrier of their own. Two buffers take
-// turns, so that one barrier is enough: a warp is at most one row ahead of the others.
+// Sum over the threads of a row: `warps` warps (a power of 2). With more than one, all of the block must call it. Two
+// buffers take turns, so that one barrier is enough: no warp writes one before all have read it and met once more.
 __device__ inline float row_sum(float x, int warps, float* buffer) {  // buffer[kNormWarps]
     x = warp_sum(x);
     if (warps == 1) return x;
     const int warp = int(threadIdx.x) / 32, first = warp - warp % warps;
     if (lane_id() == 0) buffer[warp] = x;
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + first / warps), "r"(32 * warps) : "memory");
+    __syncthreads();
     x = 0;
     for (int w = first; w < first + warps; ++w) x += buffer[w];
     return x;
@@ -3011,7 +3011,10 @@ __global__ void __launch_bounds__(kNormThreads)
     const int thread = int(threadIdx.x) % (32 * warps), group = int(threadIdx.x) / (32 * warps);
     const int c0 = thread * W, stride = 32 * warps * W;
     const int64 r = rows - 1 - (int64(blockIdx.x) * (kNormWarps / warps) + group);
-    if (r < 0) return;
+    if (r < 0) {
+        row_sum(0, warps, buffer);  // the others wait for it
+        return;
+    }
     RawPack<A, W> xv[K], mv[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) xv[k].read(x + r * D, c0 + k * stride, D);
@@ -3078,7 +3081,12 @@ __global__ void __launch_bounds__(kNormThreads, K*(2 * W + 3 * std::max(1, W* in
     const int64 groups = kNormWarps / warps;
     float sum_norm[K][W] = {}, sum_res[K][W] = {};
     int turn = 0;
-    for (int64 r = rows - 1 - (blockIdx.x * groups + group); r >= 0; r -= gridDim.x * groups, turn ^= 1) {
+    for (int64 first = rows - 1 - blockIdx.x * groups; first >= 0; first -= gridDim.x * groups, turn ^= 1) {
+        const int64 r = first - group;
+        if (r < 0) {
+            row_sum(0, warps, buffers[turn]);  // the others wait for it
+            break;
+        }
         RawPack<A, W> xv[K], duv[K], doutv[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
