@@ -7,7 +7,7 @@ tables and plots into that file, between `<!-- CASE -->` and `<!-- end -->`. A d
 
     python3 test/bench_pytorch.py                                       # every case, every length
     python3 test/bench_pytorch.py ssd attention --lengths 4096
-    python3 test/bench_pytorch.py train --lengths 4096,16384 --doc docs/benchmarks.md
+    python3 test/bench_pytorch.py train --peer-lengths 4096,16384 --doc docs/benchmarks.md   # PyTorch at two of the lengths
 
 The peers, each as fast as PyTorch makes it: bf16 autocast over fp32 weights, fused AdamW, torch.compile, attention by
 FlashAttention and by cuDNN, decoding as one CUDA graph. SSD is mamba_ssm's Triton kernel where that package can be imported
@@ -492,6 +492,9 @@ def main():
     p.add_argument("--step-tokens", type=int, default=65536)
     p.add_argument("--contexts", type=numbers, default="512,4096,16384,65536")
     p.add_argument("--batches", type=numbers, default="1,8,64")
+    for name in ("lengths", "contexts", "batches"):
+        p.add_argument("--peer-" + name, type=numbers, help="PyTorch at these alone: compiling takes minutes")
+    p.add_argument("--peer-model", choices=["hybrid", "transformer", "ssm", "all"])
     p.add_argument("--repeats", type=int, default=10)
     p.add_argument("--compile", default="model", choices=["model", "layers", "none"], help="layers: sooner ready")
     p.add_argument("--mamba", default="", help="folder that holds mamba_ssm")
@@ -504,7 +507,12 @@ def main():
             p.error(f"unknown case '{case}': expected one of {', '.join(cases)}")
     if not torch.cuda.is_available():
         sys.exit("bench_pytorch.py: no NVIDIA GPU was found")
-    a.families = ["hybrid", "transformer", "ssm"] if a.model == "all" else [a.model]
+    families = lambda model: ["hybrid", "transformer", "ssm"] if model == "all" else [model]
+    a.families = families(a.model)
+    peer = argparse.Namespace(**vars(a))
+    peer.families = families(a.peer_model or a.model)
+    for name in ("lengths", "contexts", "batches"):
+        setattr(peer, name, getattr(a, "peer_" + name) or getattr(a, name))
     global MAMBA
     MAMBA = import_mamba(a.mamba)
     torch.manual_seed(1)
@@ -515,7 +523,7 @@ def main():
         files = [os.path.join(a.out, case + end) for end in (".csv", "_pytorch.csv", ".svg", ".md")]
         free_memory()
         rows = our_side(a, case, files[0])
-        theirs = cases[case](a) if cases[case] else []
+        theirs = cases[case](peer) if cases[case] else []
         with open(files[1], "w", newline="") as f:
             w = csv.DictWriter(f, COLUMNS, lineterminator="\n")
             w.writeheader()
