@@ -2887,13 +2887,14 @@ static constexpr int64 kNormBlocks = 264;  // of a backward: two for each of 132
 struct RowCut {
     int W, K, warps;  // W K 32 warps >= D
 };
-// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers.
-static RowCut row_cut(int64 D, bool vectors) {
+// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers. A few rows (decoding) do
+// not fill the GPU: there a row has as many warps as it can use, since the packs of a thread wait for each other.
+static RowCut row_cut(int64 D, bool vectors, bool few_rows = false) {
     RowCut cut{vectors ? 4 : 1, 0, 1};
-    const int few = vectors ? 6 : 8, many = vectors ? 8 : 32;
+    const int few = few_rows ? 1 : vectors ? 6 : 8, many = vectors ? 8 : 32;
     const auto needed = [&] { return int(ceil_div(D, cut.W * 32 * cut.warps)); };
     while (cut.warps < kNormWarps && needed() > few) cut.warps *= 2;
-    cut.K = needed() > few ? many : vectors ? needed() + needed() % 2 : few;
+    cut.K = needed() > (vectors ? 6 : 8) ? many : vectors ? needed() + needed() % 2 : 8;
     return cut;
 }
 // A pack as it came from memory, in whole registers, until it is needed. One that lies beyond the row counts as zero,
@@ -3057,7 +3058,7 @@ template <class A>
 static void residual_norm_forward(A* out, A* u, float* rstd, const A* x, const A* m, const float* w_res,
                                   const float* w_norm, double eps, const Dropout& dropout, int64 rows, int64 D,
                                   cudaStream_t stream) {
-    const RowCut cut = row_cut(D, D % 4 == 0 && (uintptr_t(w_res) | uintptr_t(w_norm)) % 16 == 0);
+    const RowCut cut = row_cut(D, D % 4 == 0 && (uintptr_t(w_res) | uintptr_t(w_norm)) % 16 == 0, rows <= 512);
     with_row_cut(cut, [&](auto W, auto K) {
         launch(m ? "residual_norm_forward" : "rmsnorm_forward",
                residual_norm_forward_kernel<A, decltype(W)::value, decltype(K)::value>,
