@@ -3462,21 +3462,21 @@ struct DecodeCursor {
 // One warp per kStepRows rows of the state of one (sequence, head), S (B,H,P,N) in place. A lane owns W neighbouring
 // pairs (j, j + N/2), which RoPE turns into each other. All rows are loaded before the first is written.
 
-static constexpr int kStepRows = 8;
+static constexpr int kStepRows = 4;
 
 template <class A, int W>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 6)
     ssd_step_kernel(A* y, float* S, const A* proj, const float* dt_bias, const float* A_log, const float* cos,
                     const float* sin, bool decay, SsdShape n, Position position) {
-    const int64 groups = (n.P + kStepRows - 1) / kStepRows, half = n.N / 2;
-    const int64 i = int64(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= n.B * n.H * groups) return;
-    const int64 b = i / groups / n.H, h = i / groups % n.H, p0 = i % groups * kStepRows;
-    const int rows = int(min(int64(kStepRows), n.P - p0));
-    const A *row = proj + b * n.ld, *C = row + h * n.N, *Bt = C + n.H * n.N, *X = row + 2 * n.H * n.N + h * n.P + p0;
-    const float dt = softplus(to_float(row[2 * n.H * n.N + n.H * n.P + h]) + dt_bias[h]);
+    const int H = int(n.H), N = int(n.N), P = int(n.P), groups = (P + kStepRows - 1) / kStepRows, half = N / 2;
+    const int i = int(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32), pair = i / groups,
+              p0 = i % groups * kStepRows;
+    if (pair >= n.B * H) return;
+    const int b = pair / H, h = pair % H, rows = min(kStepRows, P - p0);
+    const A *row = proj + b * n.ld, *C = row + h * N, *Bt = C + H * N, *X = row + 2 * H * N + h * P + p0;
+    const float dt = softplus(to_float(row[2 * H * N + H * P + h]) + dt_bias[h]);
     const float a = decay ? expf(-expf(A_log[h]) * dt) : 1.0f;
-    float* s = S + ((b * n.H + h) * n.P + p0) * n.N;
+    float* s = S + (int64(pair) * P + p0) * N;
     cos += position.get() * half;
     sin += position.get() * half;
     float x[kStepRows], sum[kStepRows];
@@ -3485,13 +3485,13 @@ __global__ void __launch_bounds__(128)
         x[r] = r < rows ? dt * to_float(X[r]) : 0.0f;
         sum[r] = 0;
     }
-    for (int64 j = lane_id() * W; j < half; j += 32 * W) {
+    for (int j = lane_id() * W; j < half; j += 32 * W) {
         float lo[kStepRows][W], hi[kStepRows][W], c1[W], c2[W], b1[W], b2[W], turn_c[W], turn_s[W];
 #pragma unroll
         for (int r = 0; r < kStepRows; ++r)
             if (r < rows) {
-                load<W>(lo[r], s + r * n.N + j);
-                load<W>(hi[r], s + r * n.N + half + j);
+                load<W>(lo[r], s + r * N + j);
+                load<W>(hi[r], s + r * N + half + j);
             }
         load<W>(c1, C + j);
         load<W>(c2, C + half + j);
@@ -3516,14 +3516,14 @@ __global__ void __launch_bounds__(128)
                     hi[r][k] = a * hi[r][k] + x[r] * b2[k];
                     sum[r] += lo[r][k] * c1[k] + hi[r][k] * c2[k];
                 }
-                store<W>(s + r * n.N + j, lo[r]);
-                store<W>(s + r * n.N + half + j, hi[r]);
+                store<W>(s + r * N + j, lo[r]);
+                store<W>(s + r * N + half + j, hi[r]);
             }
     }
 #pragma unroll
     for (int r = 0; r < kStepRows; ++r) {
         const float total = warp_sum(sum[r]);
-        if (lane_id() == r && r < rows) y[(b * n.H + h) * n.P + p0 + r] = from_float<A>(total);
+        if (lane_id() == r && r < rows) y[int64(pair) * P + p0 + r] = from_float<A>(total);
     }
 }
 // proj: rows C | B | X | dt_raw, n.ld apart; n.T is 1.
@@ -3537,17 +3537,26 @@ static void ssd_step(A* y, float* S, const A* proj, const float* dt_bias, const 
 }
 
 // ---- Attention: one query of each head over the cache -------------------------------------------------------------------
-// The keys of one (sequence, head) are dealt out to `splits` blocks; each leaves the largest of its scores, the sum of
-// their exponentials relative to it and the sum of the values so weighted, and a second kernel joins the splits in
-// their order. kLanes lanes share a key, 8 of its P numbers each; every such group of lanes has an online softmax of
-// its own (powers of 2) and takes kKeys keys at a time. The new key and value are appended on the way; they are taken
-// from the projection, since another block may be writing them.
+// A block owns a range of the keys of one sequence (one of `splits`) and as many neighbouring heads as fit, so that it
+// reads whole rows of the cache. kLanes lanes share the key of one head, 8 of its P numbers each; `groups` keys are under
+// way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kKeys keys at a
+// time. A block leaves, for each head, the largest of its scores, the sum of their exponentials relative to it and the sum
+// of the values so weighted, and a second kernel joins the splits in their order. The new key and value are appended on the
+// way; they are taken from the projection, since another block may be writing them.
 
-static constexpr int kDecodeThreads = 128, kKeys = 4;
-// Splits by the state's shape alone, not by how much of it is filled: enough blocks to fill a GPU, and at least 128 keys
-// each when it is full.
-static int64 attention_splits(int64 heads, int64 capacity) {
-    return std::max<int64>(1, std::min<int64>({ceil_div(2048, heads), ceil_div(capacity, 128), 64}));
+static constexpr int kDecodeThreads = 512;
+static int attention_lanes(int64 P) { return P % 8 == 0 && P <= 64 ? 8 : 16; }
+// Heads that a block takes: a divisor of H.
+static int64 attention_heads(int64 H, int64 P) {
+    int64 heads = std::max<int64>(1, std::min<int64>(H, 256 / attention_lanes(P)));
+    while (H % heads) --heads;
+    return heads;
+}
+// Splits by the state's shape alone, not by how much of it is filled: enough blocks for four rounds of two on each of 132
+// multiprocessors, and at least 128 keys each when it is full.
+static int64 attention_splits(int64 B, int64 H, int64 P, int64 capacity) {
+    const int64 others = B * H / attention_heads(H, P);
+    return std::max<int64>(1, std::min<int64>({1056 / others, ceil_div(capacity, 128), 64}));
 }
 
 // Numbers e .. e + 7 of a row of P, zeros beyond its end. Aligned: P is a multiple of 8.
@@ -3597,6 +3606,21 @@ struct OnlineSoftmax {
             for (int i = 0; i < 8; ++i) out[i] += p * v[u][i];
         }
     }
+    template <int kLanes>
+    __device__ void merge() {  // all groups of the warp
+#pragma unroll
+        for (int d = kLanes; d < 32; d *= 2) {
+            const float new_top = fmaxf(top, __shfl_xor_sync(~0u, top, d)), scale = exp2_fast(top - new_top);
+            top = new_top;
+            sum *= scale;
+            sum += __shfl_xor_sync(~0u, sum, d);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                out[i] *= scale;
+                out[i] += __shfl_xor_sync(~0u, out[i], d);
+            }
+        }
+    }
 };
 
 // log2_scale * q . k, on all lanes of the group.
@@ -3609,10 +3633,21 @@ __device__ inline float score_of(const float (&q)[8], const float (&key)[8]) {
     for (int d = kLanes / 2; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
     return s;
 }
-// Keys first .. last-1 of the cache, dealt out to the groups one by one.
-template <int kLanes, bool aligned, class A>
-__device__ inline void attend(OnlineSoftmax& mean, const float (&q)[8], const A* k, const A* v, int64 ld, int64 first,
-                              int64 last, int group, int groups, int e, int P) {
+// One split of one head: its keys, dealt out to the groups one by one, kKeys at a time; to the last one's group 0 also the
+// new key and value, which it appends if `appends`. k, v: the cache, rows ld apart; q, k_new, v_new: before RoPE.
+template <int kLanes, bool aligned, int kKeys, class A>
+__device__ inline OnlineSoftmax attend(A* k, A* v, int64 ld, const A* q_new, const A* k_new, const A* v_new,
+                                       const float* cos, const float* sin, int64 past, int split, int splits,
+                                       bool appends, int group, int groups, int e, int P) {
+    const int64 per_split = (past + splits - 1) / splits, first = split * per_split,
+                last = min(past, first + per_split);
+    cos += past * (P / 2);
+    sin += past * (P / 2);
+    float q[8];
+    load_turned8(q, q_new, e, P, cos, sin);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] *= kLog2e * rsqrtf(float(P));
+    OnlineSoftmax mean;
     for (int64 s0 = first; s0 < last; s0 += groups * kKeys) {
         float keys[kKeys][8], values[kKeys][8], scores[kKeys];
 #pragma unroll
@@ -3628,70 +3663,61 @@ __device__ inline void attend(OnlineSoftmax& mean, const float (&q)[8], const A*
         }
         mean.add(scores, values);
     }
+    if (split < splits - 1) return mean;
+    float key[1][8], value[1][8];
+    load_turned8(key[0], k_new, e, P, cos, sin);
+    load_row8<false>(value[0], v_new, e, P);
+    const float score[1] = {score_of<kLanes>(q, key[0])};
+    if (group > 0) return mean;
+    mean.add(score, value);
+    for (int i = 0; i < 8 && e + i < P && appends; ++i) {
+        k[past * ld + e + i] = from_float<A>(key[0][i]);
+        v[past * ld + e + i] = from_float<A>(value[0][i]);
+    }
+    return mean;
 }
-// Number c of the weighted sum over the groups of a block; groups[g]: their sums, top, sum.
-template <int kGroups, int kWidth>
-__device__ inline void join_groups(float* out, float* top, float* sum, const float (*groups)[kWidth + 2], int c,
-                                   int P) {
+// Number c of the weighted sum over entries 0, step, ... of a block, `count` of them: sums, top, sum.
+template <int kWidth>
+__device__ inline void join_groups(float* out, float* top, float* sum, const float (*entries)[kWidth + 2], int count,
+                                   int step, int c, int P) {
     *top = -1e30f;
     *sum = *out = 0;
-    for (int g = 0; g < kGroups; ++g) *top = fmaxf(*top, groups[g][kWidth]);
-    for (int g = 0; g < kGroups; ++g) {
-        const float scale = exp2_fast(groups[g][kWidth] - *top);
-        *sum += scale * groups[g][kWidth + 1];
-        if (c < P) *out += scale * groups[g][c];
+    for (int g = 0; g < count; ++g) *top = fmaxf(*top, entries[g * step][kWidth]);
+    for (int g = 0; g < count; ++g) {
+        const float scale = exp2_fast(entries[g * step][kWidth] - *top);
+        *sum += scale * entries[g * step][kWidth + 1];
+        if (c < P) *out += scale * entries[g * step][c];
     }
 }
 
-// partial (B,H,splits,P+2): the weighted sum of values | top | sum.
+// partial (B,H,splits,P+2): the weighted sum of values | top | sum. Threads beyond heads * groups * kLanes have no keys.
 template <class A, int kLanes, bool aligned>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_step_kernel(float* partial, A* k_cache, A* v_cache, const A* proj, const float* cos, const float* sin,
-                          AttentionShape n, Position position, int64 splits, float log2_scale) {
-    constexpr int kGroups = kDecodeThreads / kLanes;
-    __shared__ float shared[kGroups][8 * kLanes + 2];
-    const int64 split = blockIdx.x % splits, h = blockIdx.x / splits % n.H, b = blockIdx.x / splits / n.H;
-    const int64 past = position.get(), per_split = (past + splits - 1) / splits;
-    const int64 first = split * per_split, last = min(past, first + per_split), hkv = h / (n.H / n.Hkv);
-    const int P = int(n.P), group = int(threadIdx.x) / kLanes, e = int(threadIdx.x) % kLanes * 8;
-    const A* row = proj + b * n.ld_q;
-    const A *k_new = row + (n.H + hkv) * P, *v_new = k_new + n.Hkv * P;
-    A* k = k_cache + b * n.seq_kv + hkv * P;
-    A* v = v_cache + b * n.seq_kv + hkv * P;
-    cos += past * (P / 2);
-    sin += past * (P / 2);
-    float q[8];
-    load_turned8(q, row + h * P, e, P, cos, sin);
+                          AttentionShape n, Position position, int splits, int heads, int groups) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(shared);
+    const int H = int(n.H), P = int(n.P), block = int(blockIdx.x) / splits, split = int(blockIdx.x) % splits;
+    const int b = block / (H / heads), first_head = block % (H / heads) * heads, entry = int(threadIdx.x) / kLanes,
+              e = int(threadIdx.x) % kLanes * 8;
+    const int shared_by = H / int(n.Hkv), h = first_head + entry % heads, hkv = h / shared_by;
+    const int group = entry < heads * groups ? entry / heads : 1 << 30;
+    const A *q_new = proj + b * n.ld_q + h * P, *k_new = proj + b * n.ld_q + (H + hkv) * P;
+    const OnlineSoftmax mean = attend<kLanes, aligned, 4>(
+        k_cache + b * n.seq_kv + hkv * P, v_cache + b * n.seq_kv + hkv * P, n.ld_kv, q_new, k_new, k_new + n.Hkv * P,
+        cos, sin, position.get(), split, splits, h % shared_by == 0, group, groups, e, P);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) q[i] *= log2_scale;
-    OnlineSoftmax mean;
-    attend<kLanes, aligned>(mean, q, k, v, n.ld_kv, first, last, group, kGroups, e, P);
-    if (split == splits - 1) {
-        float key[1][8], value[1][8], scores[1];
-        load_turned8(key[0], k_new, e, P, cos, sin);
-        load_row8<false>(value[0], v_new, e, P);
-        scores[0] = score_of<kLanes>(q, key[0]);
-        if (group == 0) {
-            // as the cache will hold it
-            if (h % (n.H / n.Hkv) == 0)
-                for (int i = 0; i < 8 && e + i < P; ++i) {
-                    k[past * n.ld_kv + e + i] = from_float<A>(key[0][i]);
-                    v[past * n.ld_kv + e + i] = from_float<A>(value[0][i]);
-                }
-            mean.add(scores, value);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) shared[group][e + i] = mean.out[i];
-    shared[group][8 * kLanes] = mean.top;
-    shared[group][8 * kLanes + 1] = mean.sum;
+    for (int i = 0; i < 8; ++i) joined[entry][e + i] = mean.out[i];
+    joined[entry][8 * kLanes] = mean.top;
+    joined[entry][8 * kLanes + 1] = mean.sum;
     __syncthreads();  // the groups' sums are there
-    float top, sum, out;
-    const int c = int(threadIdx.x);
-    join_groups<kGroups, 8 * kLanes>(&out, &top, &sum, shared, c, P);
-    float* to = partial + int64(blockIdx.x) * (P + 2);
-    if (c < P) to[c] = out;
-    if (c == 0) {
+    for (int i = int(threadIdx.x); i < heads * P; i += int(blockDim.x)) {
+        const int head = i / P, c = i % P;
+        float top, sum, out;
+        join_groups<8 * kLanes>(&out, &top, &sum, joined + head, groups, heads, c, P);
+        float* to = partial + (int64(b * H + first_head + head) * splits + split) * (P + 2);
+        to[c] = out;
+        if (c > 0) continue;
         to[P] = top;
         to[P + 1] = sum;
     }
@@ -3716,9 +3742,12 @@ template <class A>
 static void attention_step(A* y, float* partial, A* k_cache, A* v_cache, const A* proj, const float* cos,
                            const float* sin, const AttentionShape& n, Position position, int64 splits,
                            cudaStream_t stream) {
+    const int lanes = attention_lanes(n.P), heads = int(attention_heads(n.H, n.P)),
+              groups = std::max(1, 384 / (heads * lanes)), threads = int(round_up(heads * groups * lanes, 32));
     const auto go = [&](auto kernel) {
-        launch("attention_step", kernel, n.B * n.H * splits, kDecodeThreads, 0, stream, partial, k_cache, v_cache, proj,
-               cos, sin, n, position, splits, float(double(kLog2e) / std::sqrt(double(n.P))));
+        launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads,
+               size_t(threads / lanes * (8 * lanes + 2)) * sizeof(float), stream, partial, k_cache, v_cache, proj, cos,
+               sin, n, position, int(splits), heads, groups);
     };
     if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
     else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
@@ -3762,17 +3791,19 @@ __global__ void __launch_bounds__(1024) best_logit_kernel(Ranked* best, const fl
     top = warp_max(warps[threadIdx.x]);
     if (threadIdx.x == 0) best[blockIdx.x] = top;
 }
-// Ends a step: the tokens chosen are the next step's input, and are kept as entry cursor->made of `chosen` (steps,B).
-// -1 - token: its logit is not a finite number. One block.
-__global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cursor, Ranked* best, int64 B) {
+__device__ inline int32_t token_of(Ranked best) { return int32_t(~0u - uint32_t(best)); }
+// As the host is told; -1 - token: its logit is not a finite number (NaN or +inf; the best is -inf).
+__device__ inline int32_t reported(Ranked best) {
+    const uint32_t key = uint32_t(best >> 32);
+    return key == ~0u || key == 0x007FFFFFu ? -1 - token_of(best) : token_of(best);
+}
+// Ends a step: the tokens chosen are the next step's input, and are kept as entry cursor->made of `chosen` (steps,B). One
+// block.
+__global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cursor, const Ranked* best, int64 B) {
     const int64 made = cursor->made;
     for (int64 b = threadIdx.x; b < B; b += blockDim.x) {
-        const int32_t token = int32_t(~0u - uint32_t(best[b]));
-        const uint32_t key = uint32_t(best[b] >> 32);
-        const bool bad = key == ~0u || key == 0x007FFFFFu;  // NaN or +inf; the best is -inf
-        best[b] = 0;
-        tokens[b] = token;
-        chosen[made * B + b] = bad ? -1 - token : token;
+        tokens[b] = token_of(best[b]);
+        chosen[made * B + b] = reported(best[b]);
     }
     __syncthreads();  // all have read the cursor
     if (threadIdx.x > 0) return;
@@ -3780,49 +3811,97 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
     ++cursor->made;
 }
 
-// ---- A whole token in one kernel ------------------------------------------------------------------------------------------
-// With one or two sequences a layer's weights pass in a few microseconds, and the pauses between kernels would take longer
-// than that. So one kernel does all layers. It has one block per multiprocessor, all of them running at once (a cooperative
-// launch), and every block owns the same share of the rows of every matrix.
+// ---- A whole token in one kernel ----------------------------------------------------------------------------------------
+// With a few sequences a layer's weights pass in a few microseconds, and the pauses between kernels would take longer than
+// that. So one kernel makes whole tokens, as many as are wanted. It has one block per multiprocessor, all of them running
+// at once (a cooperative launch), and every block owns the same share of the rows of every matrix. Compute capability 9.0.
 //
-// WEIGHTS. A block's rows of the four matrices of one layer fit into its shared memory. As soon as a matrix has been used,
-// the copy of the next layer's begins in its place: memory never waits for arithmetic. A warp owns 1/8 of the columns of
-// these rows, copies them for itself and multiplies them (tensor cores: 16 rows by up to 8 sequences); the 8 parts of a
-// sum are added in the order of the warps.
+// WEIGHTS. A block's rows of the four matrices of one layer fit into its shared memory. One warp does nothing but copy: as
+// soon as a matrix has been used, the next layer's follows in its place, so that memory never waits for arithmetic. But
+// only kWindow pieces are under way at once: with more, they queue up in front of the memory, and the activations
+// behind them. The other 8 warps own 1/8 of the columns each and multiply them (tensor cores: 16 rows by up to 8
+// sequences); the 8 parts of a sum are added in the order of the warps.
 //
-// ACTIVATIONS pass from block to block through memory in words of 64 bits: two bf16 numbers (or one float) and a tag that
-// is new in each layer of each step. Such a word is written and read as one, so that whoever finds the tag has the
-// numbers, and no barrier is needed. Nothing is overwritten too early: the next word in the same place depends, through
-// the words in between, on all that was made of this one.
+// ONE LOOP goes through all matrices: the code of a layer, written out, would be larger than the caches for instructions.
+// And nothing may be spilled: beside so much shared memory there is hardly a cache for it. Hence so much in TokenControl.
 //
-// Per layer five exchanges: x -> projection -> y -> x_mid -> h -> x; attention has one more, between splits and y.
+// ACTIVATIONS pass from block to block through memory in words of 16 bytes: six bf16 numbers (a unit: what a block owns
+// comes in sixes) and a tag that is new in each layer of each step. Such a word is written and read as one, so that whoever
+// finds the tag has the numbers, and no barrier is needed. Each word is written kTokenCopies times, for different readers,
+// since a place in the L2 cache that all ask for is slow. Nothing is overwritten too early: every block owns some of proj
+// and of h, and all words in the same place a layer later depend on those.
+//
+// Per layer five exchanges: x -> projection -> y -> x_mid -> h -> x; attention has one more, between splits and y. After
+// the last layer one more yields the token, which begins the next step. `320m`, one sequence: 46% of the speed of a copy.
 
-using Word = unsigned long long;
-__device__ inline void send(Word* to, uint32_t data, uint32_t tag) {
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(Word(tag) << 32 | data) : "memory");
+struct Word {
+    uint32_t a, b, c, tag;
+};
+__device__ inline void send(Word* to, uint32_t a, uint32_t b, uint32_t c, uint32_t tag) {
+    asm volatile(
+        "{\n.reg .b64 lo, hi;\n.reg .b128 w;\nmov.b64 lo, {%1, %2};\nmov.b64 hi, {%3, %4};\nmov.b128 w, {lo, hi};\n"
+        "st.relaxed.gpu.global.b128 [%0], w;\n}" ::"l"(to),
+        "r"(a), "r"(b), "r"(c), "r"(tag)
+        : "memory");
 }
 __device__ inline Word peek(const Word* from) {
     Word w;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(w) : "l"(from) : "memory");
+    asm volatile(
+        "{\n.reg .b64 lo, hi;\n.reg .b128 w;\nld.relaxed.gpu.global.b128 w, [%4];\nmov.b128 {lo, hi}, w;\n"
+        "mov.b64 {%0, %1}, lo;\nmov.b64 {%2, %3}, hi;\n}"
+        : "=r"(w.a), "=r"(w.b), "=r"(w.c), "=r"(w.tag)
+        : "l"(from)
+        : "memory");
     return w;
 }
-// Words from[0], from[step], ...: all are asked for before the first is waited for.
+__device__ inline Word receive(const Word* from, uint32_t tag) {
+    Word w = peek(from);
+    while (w.tag != tag) w = peek(from);
+    return w;
+}
+// Several: all are asked for before the first is waited for.
 template <int K>
-__device__ inline void receive(uint32_t (&data)[K], const Word* const (&from)[K], uint32_t tag) {
-    Word w[K];
+__device__ inline void receive(Word (&w)[K], const Word* const (&from)[K], uint32_t tag) {
 #pragma unroll
     for (int i = 0; i < K; ++i) w[i] = peek(from[i]);
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
-        while (uint32_t(w[i] >> 32) != tag) w[i] = peek(from[i]);
-        data[i] = uint32_t(w[i]);
-    }
+    for (int i = 0; i < K; ++i)
+        while (w[i].tag != tag) w[i] = peek(from[i]);
+}
+__device__ inline void keep(uint32_t* to, const Word& w) {
+    to[0] = w.a;
+    to[1] = w.b;
+    to[2] = w.c;
 }
 __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ inline uint32_t pack(float a, float b) { return Rows<bf16, 16>::pack(a, b); }
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-static constexpr int kTokenThreads = 256, kTokenWarps = 8, kTokenSequences = 2, kTokenTiles = 4, kTokenAhead = 3;
+// Copies that run in the background, announced by a barrier in shared memory; compute capability 9.0.
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+__device__ inline void await(uint64_t* barrier, int phase) {
+    int done = 0;
+    while (!done)
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(phase & 1)
+                     : "memory");
+}
+
+static constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps, kTokenSequences = 2, kTokenTiles = 3;
+static constexpr int kTokenCopies = 4, kTokenBarriers = 64;
+static constexpr int kTokenStage = 64;  // words that two rows of an SSD layer's y are made of, at most
 
 struct TokenLayer {  // where a layer's parameters and state lie
     const bf16 *in, *out, *gate_up, *down;
@@ -3831,527 +3910,583 @@ struct TokenLayer {  // where a layer's parameters and state lie
     bf16 *k, *v;
 };
 struct TokenPlan {
-    int B, D, F, L, H, Hkv, P, N, V, logits_ld, splits, blocks;
-    int in_width[2];  // of an SSD layer, of an attention layer: multiples of 8
+    int B, D, F, L, H, Hkv, P, N, V, splits, blocks;
+    int in_width[2];  // of an SSD layer, of an attention layer
     int64 capacity;
     float eps;
     bool decay;
-    // Shared memory in bytes: the layers | per warp: in, out, gate_up, down | activations | sums of the warps | squares
-    int row_d, row_f;                             // from row to row of a matrix: 1/8 of D or F, and 16 bytes more
-    int out_at, gate_up_at, down_at, warp_bytes;  // within a warp's share
-    int weights_at, x_at, x_row, sums_at, squares_at, shared;
-    // The head's tiles of 16 rows take the places of in | out | gate_up | down: the first tile of each, and how many in all.
-    int slots[5];
+    // Words: kTokenCopies times x | y | mid | h | proj, which the products read (x twice: the head does, too), then best and
+    // partial
+    int from_at[5] = {}, proj_at = 0, copy_words = 0, best_at = 0, partial_at = 0;
+    int64 words = 0;
+    // Shared memory in bytes: control | the layers | in, out, gate_up, down | activations | sums of the warps | scratch
+    int row_d = 0, row_f = 0;  // from row to row of a matrix: D or F numbers, and 16 bytes more
+    int matrix_at[5] = {};     // within the weights
+    int slots = 0;             // tiles of the head, five units each, that fit in their place
+    int weights_at = 0, x_at = 0, x_row = 0, sums_at = 0, scratch_at = 0, shared = 0;
 };
 struct TokenArgs {
     const TokenLayer* layers;
     const float *embed, *final_norm, *cos_qk, *sin_qk, *cos_cb, *sin_cb;
     const bf16* head;
-    const int32_t* tokens;
-    const DecodeCursor* cursor;
-    Ranked* best;
+    int32_t *tokens, *chosen;
+    DecodeCursor* cursor;
     float* logits;
-    Word *x, *proj, *y, *mid, *h, *partial;
-    int vocab;
-    uint32_t tag;  // layer i's is tag + i + 1
+    Word* words;
+    int vocab, steps;
+    uint32_t tag;  // of the first step's embeddings; layer i's is i + 1 more
 };
-
 struct Share {
     int first, count;
 };
+// What a block's warps share; also what each could keep for itself, if registers were not short.
+struct TokenControl {
+    uint64_t arrived[kTokenBarriers];  // piece p of the weights: barrier p % kTokenBarriers
+    Ranked best[kTokenSequences];
+    Share in[2], own, own_h, head;  // units of the projections (SSD, attention), of x, of h, of the logits
+    struct {
+        int b, unit, row;
+    } y[kTokenWarps];  // which two rows of y a warp makes; b < 0: none
+    uint32_t pairs[kTokenWarps];
+    float squares[kTokenWarps];
+    int32_t tokens[kTokenSequences];
+    int used;  // matrices and tiles whose place is free again
+};
+
 __host__ __device__ inline Share share_of(int units, int block, int blocks) {
-    const int first = int(int64(units) * block / blocks);
-    return {first, int(int64(units) * (block + 1) / blocks) - first};
+    const int most = units / blocks, rest = units % blocks;
+    return {most * block + (block < rest ? block : rest), most + (block < rest)};
 }
-static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, int blocks, size_t shared_limit) {
+__host__ __device__ inline int sixes(int numbers) { return (numbers + 5) / 6; }
+static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, int blocks, int64 shared_limit) {
     const bool fits = B <= kTokenSequences && c.D % 256 == 0 && c.F % 256 == 0 && c.N % 4 == 0 && c.N <= 128 &&
-                      c.P() % 16 == 0 && c.P() <= 128 && c.H % 2 == 0 && c.V < (1 << 30);
+                      c.P() % 16 == 0 && c.P() <= 128 && c.V < (1 << 30) && c.D <= 4096 && c.F <= 16384;
     if (!fits) return false;
-    blocks = int(std::min<int64>({blocks, c.D / 2, c.F / 2}));  // each has rows of every matrix
-    *t = {};
-    t->B = int(B);
-    t->D = int(c.D);
-    t->F = int(c.F);
-    t->L = int(c.L);
-    t->H = int(c.H);
-    t->Hkv = int(c.Hkv);
-    t->P = int(c.P());
-    t->N = int(c.N);
-    t->V = int(c.V);
-    t->logits_ld = int(padded8(c.V));
-    t->blocks = blocks;
-    t->in_width[0] = int(padded32(c.ssd_width()));
-    t->in_width[1] = int(padded32(c.attn_width()));
-    t->capacity = capacity;
-    t->eps = float(c.norm_eps);
-    t->decay = c.ssd_decay;
-    t->splits = int(std::max<int64>(1, std::min<int64>({blocks / (B * c.H), 32, ceil_div(capacity, 32)})));
-    const auto most = [&](int units) { return int(ceil_div(units, blocks)); };
-    const int in_rows = 2 * most(std::max(t->in_width[0], t->in_width[1]) / 2), d_rows = 2 * most(t->D / 2),
-              gate_rows = 4 * most(t->F / 2);
-    if (std::max({in_rows, d_rows, gate_rows}) > 16 * kTokenTiles || gate_rows * B > kTokenThreads ||
-        in_rows * B > kTokenThreads)
+    *t = {int(B),     int(c.D),          int(c.F),   int(c.L), int(c.H), int(c.Hkv),
+          int(c.P()), int(c.N),          int(c.V),   0,        blocks,   {int(c.ssd_width()), int(c.attn_width())},
+          capacity,   float(c.norm_eps), c.ssd_decay};
+    // Every block has units of h and of every projection, or it could be left behind.
+    blocks = t->blocks = std::min({blocks, sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
+    t->splits = int(std::max<int64>(1, std::min<int64>({blocks / c.H, 32, ceil_div(capacity, 32)})));
+
+    const auto most = [&](int numbers) { return int(ceil_div(sixes(numbers), blocks)); };
+    const int in_units = most(std::max(t->in_width[0], t->in_width[1])), d_units = most(t->D), h_units = most(t->F);
+    const int rows[4] = {6 * in_units, 6 * d_units, 12 * h_units, 6 * d_units};
+    t->row_d = 2 * t->D + 16;
+    t->row_f = 2 * t->F + 16;
+    const int pieces[4] = {in_units, d_units, 2 * h_units, d_units * int(ceil_div(c.F, c.D))};
+    for (int i = 0; i < 4; ++i) t->matrix_at[i + 1] = t->matrix_at[i] + rows[i] * (i == 3 ? t->row_f : t->row_d);
+    const int tile = 30 * t->row_d, weights = std::max(t->matrix_at[4], 2 * tile);
+    t->slots = weights / tile;
+    const int all_pieces = pieces[0] + pieces[1] + pieces[2] + pieces[3] + 5 * t->slots;
+    if (*std::max_element(rows, rows + 4) > 16 * kTokenTiles || std::max(in_units, h_units) * B > 5 * kTokenWarps ||
+        3 * d_units * B > kTokenWarps || all_pieces > kTokenBarriers || *std::max_element(pieces, pieces + 4) > 32)
         return false;
-    t->row_d = 2 * t->D / kTokenWarps + 16;
-    t->row_f = 2 * t->F / kTokenWarps + 16;
-    int bytes[4] = {in_rows * t->row_d, d_rows * t->row_d, gate_rows * t->row_d, d_rows * t->row_f};
-    for (int i = 0; i < 4; ++i) {
-        const int slot = 16 * t->row_d, wanted = kTokenAhead + 1 - t->slots[i];
-        if (i == 3) bytes[i] = std::max(bytes[i], wanted * slot);
-        t->slots[i + 1] = t->slots[i] + bytes[i] / slot;
-    }
-    t->out_at = bytes[0];
-    t->gate_up_at = t->out_at + bytes[1];
-    t->down_at = t->gate_up_at + bytes[2];
-    t->warp_bytes = t->down_at + bytes[3];
-    t->weights_at = int(round_up(int64(sizeof(TokenLayer)) * c.L, 16));
-    t->x_at = t->weights_at + kTokenWarps * t->warp_bytes;
+
+    const int d_words = int(B) * sixes(t->D);
+    t->from_at[1] = d_words;
+    t->from_at[2] = 2 * d_words;
+    t->from_at[3] = 3 * d_words;
+    int at = t->proj_at = 3 * d_words + int(B) * sixes(t->F);
+    t->copy_words = at += int(B) * sixes(std::max(t->in_width[0], t->in_width[1]));
+    t->best_at = at *= kTokenCopies;
+    t->partial_at = at += int(B) * blocks;
+    t->words = at + B * c.H * t->splits * c.P() / 2;
+
+    const int lanes = c.P() > 64 ? 16 : 8;
+    t->weights_at = int(round_up(int64(sizeof(TokenControl) + sizeof(TokenLayer) * size_t(c.L)), 128));
+    t->x_at = t->weights_at + weights;
     t->x_row = 2 * std::max(t->D, t->F) + 16;
-    const int softmax_bytes = kTokenThreads / (c.P() > 64 ? 16 : 8) * ((c.P() > 64 ? 128 : 64) + 2) * 4;
-    t->sums_at = t->x_at + int(round_up(std::max(int(B) * t->x_row, softmax_bytes), 16));
-    t->squares_at = t->sums_at + 4 * kTokenWarps * int(B) * std::max({in_rows, gate_rows, 32});
-    t->shared = t->squares_at + 4 * kTokenWarps * kTokenSequences;
-    return size_t(t->shared) <= shared_limit;
+    t->sums_at = t->x_at + int(B) * t->x_row;
+    t->scratch_at = t->sums_at + 4 * kTokenWarps * int(B) * std::max(*std::max_element(rows, rows + 4), 30);
+    t->shared = t->scratch_at +
+                std::max(kTokenWarps * kTokenStage * 12, 3 * kTokenStage * 12 + kTokenWarps * (8 * lanes + 2) * 4);
+    return t->shared <= shared_limit;
+}
+
+// Of the warps that multiply.
+__device__ inline void token_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kTokenThreads) : "memory"); }
+
+// A layer's attention: a block per split of a head; the last split also takes the new key and value, and appends them.
+template <int kLanes>
+__device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, const TokenLayer& l,
+                                       unsigned char* scratch, const Word* proj, int64 past, uint32_t tag) {
+    const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id();
+    const int64 kv_row = int64(n.Hkv) * n.P;
+    const int e = lane % kLanes * 8;
+    const bf16* numbers = reinterpret_cast<const bf16*>(scratch);
+    float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(scratch + 3 * kTokenStage * 12);
+    for (int u = int(blockIdx.x); u < n.B * n.H * n.splits; u += n.blocks) {
+        const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H, hkv = h / (n.H / n.Hkv);
+        const int at_q = h * n.P, at_k = (n.H + hkv) * n.P, at_v = at_k + n.Hkv * n.P;
+        if (warp < (split == n.splits - 1 ? 3 : 1)) {
+            const int number = warp == 0 ? at_q : warp == 1 ? at_k : at_v, w = number / 6 + lane;
+            if (w <= (number + n.P - 1) / 6) {
+                const Word word = receive(proj + b * sixes(n.in_width[1]) + w, tag);
+                keep(reinterpret_cast<uint32_t*>(scratch) + (warp * kTokenStage + lane) * 3, word);
+            }
+        }
+        token_barrier();  // q, k and v are there
+        const int64 at = b * n.capacity * kv_row + hkv * n.P;
+        OnlineSoftmax mean = attend<kLanes, true, 2>(
+            l.k + at, l.v + at, kv_row, numbers + at_q % 6, numbers + kTokenStage * 6 + at_k % 6,
+            numbers + 2 * kTokenStage * 6 + at_v % 6, g.cos_qk, g.sin_qk, past, split, n.splits, h % (n.H / n.Hkv) == 0,
+            thread / kLanes, kTokenThreads / kLanes, e, n.P);
+        mean.template merge<kLanes>();
+        if (lane < kLanes) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) joined[warp][e + c] = mean.out[c];
+            joined[warp][8 * kLanes] = mean.top;
+            joined[warp][8 * kLanes + 1] = mean.sum;
+        }
+        token_barrier();  // the warps' sums are there
+        // Two means and the logarithm of their weight: all of a word is used, or its load would be split.
+        if (2 * thread < n.P) {
+            float out[2], top, sum;
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+                join_groups<8 * kLanes>(&out[k], &top, &sum, joined, kTokenWarps, 1, 2 * thread + k, n.P);
+            const float inverse = sum > 0 ? 1 / sum : 0.0f;
+            send(g.words + n.partial_at + int64(u) * n.P / 2 + thread, __float_as_uint(out[0] * inverse),
+                 __float_as_uint(out[1] * inverse), __float_as_uint(sum > 0 ? top + __log2f(sum) : -1e30f), tag);
+        }
+        token_barrier();  // they have been read
+    }
 }
 
 // kLanes: lanes that share a key of attention, 8 of its P numbers each.
 template <int kLanes>
-__global__ void __launch_bounds__(kTokenThreads, 1)
+__global__ void __launch_bounds__(kTokenThreads + 32, 1)
     token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(16) unsigned char shared[];
-    TokenLayer* layers = reinterpret_cast<TokenLayer*>(shared);
-    const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id(), block = int(blockIdx.x), B = n.B;
-    unsigned char* place = shared + n.weights_at + warp * n.warp_bytes;
-    unsigned char* act = shared + n.x_at;  // activations (B,K), rows n.x_row bytes apart
+    TokenControl& control = *reinterpret_cast<TokenControl*>(shared);
+    TokenLayer* layers = reinterpret_cast<TokenLayer*>(shared + sizeof(TokenControl));
+    volatile int* used = &control.used;
+    int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id();
+    const int block = int(blockIdx.x), B = n.B;
+    unsigned char *weights = shared + n.weights_at,
+                  *act = shared + n.x_at;  // activations (B,K), rows n.x_row bytes apart
     float* sums = reinterpret_cast<float*>(shared + n.sums_at);
-    float* squares = reinterpret_cast<float*>(shared + n.squares_at);  // (warps,B)
-    const Share own = share_of(n.D / 2, block, n.blocks), own_h = share_of(n.F / 2, block, n.blocks);
-    const Share own_tiles = share_of((n.V + 15) / 16, block, n.blocks);
-    const int columns = n.D / kTokenWarps, half_d = n.D / 2;
+    unsigned char* scratch = shared + n.scratch_at;
+    const int tile_bytes = 30 * n.row_d;
 
-    // ---- Weights: the copy of a matrix, one group each, in the order in, out, gate_up, down, in, ...
-    const auto copy_rows = [&](unsigned char* to, int to_row, const bf16* from, int64 ld, int rows, int width) {
-        from += warp * width;
-        for (int r = lane / 4; r < rows; r += 8)
-            for (int c = lane % 4 * 8; c < width; c += 32)
-                asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                                 uint32_t(__cvta_generic_to_shared(to + r * to_row + 2 * c))),
-                             "l"(from + r * ld + c)
-                             : "memory");
-    };
-    const auto in_share = [&](int i) { return share_of(n.in_width[layers[i].S ? 0 : 1] / 2, block, n.blocks); };
-    const auto head_slot = [&](int slot) {
-        int kind = 3;
-        while (slot < n.slots[kind]) --kind;
-        const int at[4] = {0, n.out_at, n.gate_up_at, n.down_at};
-        return place + at[kind] + (slot - n.slots[kind]) * 16 * n.row_d;
-    };
-    const auto fill_head = [&](int tile, int slot) {
-        if (tile >= own_tiles.count) return;
-        const int first = (own_tiles.first + tile) * 16;
-        copy_rows(head_slot(slot), n.row_d, g.head + int64(first) * n.D, n.D, min(16, n.V - first), columns);
-    };
-    const auto fill = [&](int kind, int i) {
-        if (i < n.L) {
-            const TokenLayer& l = layers[i];
-            if (kind == 0) {
-                const Share s = in_share(i);
-                copy_rows(place, n.row_d, l.in + int64(2 * s.first) * n.D, n.D, 2 * s.count, columns);
-            } else if (kind == 1) {
-                copy_rows(place + n.out_at, n.row_d, l.out + int64(2 * own.first) * n.D, n.D, 2 * own.count, columns);
-            } else if (kind == 2) {  // rows in the order gate, up, gate, up
-                const bf16* from = l.gate_up + int64(2 * own_h.first) * n.D;
-                unsigned char* to = place + n.gate_up_at;
-                copy_rows(to, 2 * n.row_d, from, n.D, 2 * own_h.count, columns);
-                copy_rows(to + n.row_d, 2 * n.row_d, from + int64(n.F) * n.D, n.D, 2 * own_h.count, columns);
-            } else {
-                copy_rows(place + n.down_at, n.row_f, l.down + int64(2 * own.first) * n.F, n.F, 2 * own.count,
-                          n.F / kTokenWarps);
-            }
-        } else {
-            for (int slot = n.slots[kind]; slot < n.slots[kind + 1]; ++slot) fill_head(slot, slot);
+    for (int i = thread; i < n.L * int(sizeof(TokenLayer) / 8); i += kTokenThreads + 32)
+        reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(g.layers)[i];
+    if (thread < kTokenBarriers)
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(control.arrived + thread)) : "memory");
+    if (thread < B) control.tokens[thread] = g.tokens[thread];
+    if (thread == 0) {
+        *used = 0;
+        for (int k = 0; k < 2; ++k) control.in[k] = share_of(sixes(n.in_width[k]), block, n.blocks);
+        control.own = share_of(sixes(n.D), block, n.blocks);
+        control.own_h = share_of(sixes(n.F), block, n.blocks);
+        control.head = share_of(sixes(n.V), block, n.blocks);
+        // A unit of y is made by three warps, two rows each, which are of one head.
+        for (int w = 0; w < kTokenWarps; ++w) {
+            const int count = control.own.count, item = w / 3, unit = control.own.first + item % max(count, 1);
+            control.y[w] = {item < count * B ? item / count : -1, unit, min(6 * unit + w % 3 * 2, n.D - 2)};
         }
-        copies_commit();
-    };
+    }
 
-    // ---- Activations of all sequences into shared memory, with the barrier after it. fetch(i, b, j): pair j of sequence b,
-    // word i. With a norm's weights: x * weight, and the sum of squares for rstd.
-    const auto gather = [&](int K, const float* weight, auto ask, auto fetch) {
-        const int half = K / 2, total = B * half;
-        float square[kTokenSequences] = {};
-        constexpr int kBatch = 6;
-        for (int base = thread; base < total; base += kTokenThreads * kBatch) {
-            Word words[kBatch];
-            float2 w[kBatch];
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the barriers, for the copies
+    __syncthreads();                                              // the last one with all warps
+
+    if (warp == kTokenWarps) {
+        // ---- The copying warp: matrices and tiles in the order of their use, a lane per row
+        const Share own = control.own, own_h = control.own_h, head = control.head;
+        const int tiles = (head.count + 4) / 5;
+        constexpr int kWindow = 2;
+        int pieces = 0, base = 0;  // pieces begun; matrices and tiles of the steps before
+        const auto room = [&](int need) {
+            while (*used < need) {
+            }
+            __syncwarp();
+        };
+        // `units` times six rows of K numbers, in pieces of at most D columns.
+        const auto copy_units = [&](unsigned char* to, int units, int K, auto source) {
+#pragma unroll 1
+            for (int u = 0; u < units; ++u, to += 6 * (2 * K + 16))
+#pragma unroll 1
+                for (int c = 0; c < K; c += n.D, ++pieces) {
+                    const int before = pieces - kWindow, bytes = 2 * min(n.D, K - c);
+                    if (before >= 0) await(control.arrived + before % kTokenBarriers, before / kTokenBarriers);
+                    uint64_t* barrier = control.arrived + pieces % kTokenBarriers;
+                    if (lane == 0) expect_bytes(barrier, 6 * bytes);
+                    __syncwarp();  // it knows what to expect
+                    if (lane < 6) copy_bytes(to + lane * (2 * K + 16) + 2 * c, source(u) + c, bytes, barrier);
+                }
+        };
+        // How many must have been used before matrix `kind` of the first layer may replace tiles of the step before.
+        const auto tiles_before = [&](int kind) {
+            int need = 0;
+            for (int s = n.matrix_at[kind] / tile_bytes; s < n.slots && s * tile_bytes < n.matrix_at[kind + 1]; ++s)
+                if (s < tiles) need = max(need, s + (tiles - 1 - s) / n.slots * n.slots + 1);
+            return need;
+        };
+        for (int step = 0; step < g.steps; ++step) {
+            for (int i = 0; i < n.L; ++i) {
+                const TokenLayer& l = layers[i];
+                const float* small = block == 0 ? l.norm1 : block == 1 ? l.norm2 : block == 2 ? l.res1 : l.res2;
+                for (int c = 32 * lane; c < n.D && block < 4; c += 1024) prefetch(small + c);
+                const Share in = control.in[l.S ? 0 : 1];
+                const int width = n.in_width[l.S ? 0 : 1];
+                for (int kind = 0; kind < 4; ++kind) {
+                    if (i > 0) room(base + 4 * (i - 1) + kind + 1);
+                    else if (step > 0) room(base - tiles + max(kind - 3, tiles_before(kind)));
+                    unsigned char* to = weights + n.matrix_at[kind];
+                    // this lane's row of unit u
+                    if (kind == 0)
+                        copy_units(to, in.count, n.D, [&](int u) {
+                            return l.in + int64(min(6 * (in.first + u) + lane, width - 1)) * n.D;
+                        });
+                    else if (kind == 2)  // six rows of gate, six of up, ...
+                        copy_units(to, 2 * own_h.count, n.D, [&](int u) {
+                            const int row = min(6 * (own_h.first + u / 2) + lane, n.F - 1);
+                            return l.gate_up + int64(u % 2 ? n.F + row : row) * n.D;
+                        });
+                    else
+                        copy_units(to, own.count, kind == 1 ? n.D : n.F, [&](int u) {
+                            const int row = min(6 * (own.first + u) + lane, n.D - 1);
+                            return kind == 1 ? l.out + int64(row) * n.D : l.down + int64(row) * n.F;
+                        });
+                    if (kind == 0 && l.S)  // this block's rows of the states
+                        for (int b = 0; b < B; ++b)
+                            for (int c = 32 * lane; c < 6 * own.count * n.N && 6 * own.first * n.N + c < n.D * n.N;
+                                 c += 1024)
+                                prefetch(l.S + (int64(b) * n.D + 6 * own.first) * n.N + c);
+                }
+            }
+            base += 4 * n.L;
+            for (int t = 0; t < tiles; ++t) {
+                const int end = (t + 1) * tile_bytes;  // of its place, which the last layer's matrices left
+                const int kind = end <= n.matrix_at[1] ? 0 : end <= n.matrix_at[2] ? 1 : end <= n.matrix_at[3] ? 2 : 3;
+                room(t < n.slots ? base - 3 + kind : base + t - n.slots + 1);
+                copy_units(weights + t % n.slots * tile_bytes, min(5, head.count - 5 * t), n.D, [&](int u) {
+                    return g.head + int64(min(6 * (head.first + 5 * t + u) + lane, n.V - 1)) * n.D;
+                });
+            }
+            base += tiles;
+        }
+        return;
+    }
+
+    // ---- The other warps
+    const Word* mail = g.words + block % kTokenCopies * n.copy_words;  // what this block reads
+    const int position = int(g.cursor->position), made = int(g.cursor->made);
+    int pieces = 0, done = 0;  // pieces of weights waited for; matrices and tiles used
+
+    // Activations of all sequences, words at mail + at, into shared memory. With a norm's weights: x * weight; returned is
+    // this thread's part of the sum of squares.
+    const int readers = kTokenWarps / B, reader = warp / B, read_b = warp % B;  // warps are dealt out to the sequences
+    const auto gather = [&](int K, const float* weight, int at, uint32_t tag) {
+        float square = 0;
+        const int words = reader < readers ? sixes(K) : 0, step = 32 * readers;
+        const Word* from = mail + at + read_b * words;
+#pragma unroll 1
+        for (int w0 = reader * 32 + lane; w0 < words; w0 += 2 * step) {  // two at a time
+            float2 scale[2][3] = {};
+            Word word[2];
 #pragma unroll
-            for (int u = 0; u < kBatch; ++u) {
-                const int i = base + u * kTokenThreads;
-                if (i >= total) continue;
-                words[u] = ask(i);
-                if (weight) w[u] = reinterpret_cast<const float2*>(weight)[i % half];
+            for (int k = 0; k < 2; ++k) {
+                const int w = w0 + k * step;
+                if (w >= words) break;
+#pragma unroll
+                for (int j = 0; j < 3; ++j)
+                    if (weight && 6 * w + 2 * j < K) scale[k][j] = reinterpret_cast<const float2*>(weight)[3 * w + j];
+                word[k] = peek(from + w);
             }
 #pragma unroll
-            for (int u = 0; u < kBatch; ++u) {
-                const int i = base + u * kTokenThreads;
-                if (i >= total) continue;
-                const int b = i >= half, j = i - b * half;
-                uint32_t pair = fetch(words[u], i, b, j);
-                if (weight) {
-                    const float x0 = low_half(pair), x1 = high_half(pair), s = x0 * x0 + x1 * x1;
+            for (int k = 0; k < 2; ++k) {
+                const int w = w0 + k * step;
+                if (w >= words) break;
+                while (word[k].tag != tag) word[k] = peek(from + w);
+                uint32_t pairs[3] = {word[k].a, word[k].b, word[k].c};
+                if (weight)
 #pragma unroll
-                    for (int k = 0; k < kTokenSequences; ++k) square[k] += k == b ? s : 0.0f;
-                    pair = Rows<bf16, 16>::pack(x0 * w[u].x, x1 * w[u].y);
-                }
-                *reinterpret_cast<uint32_t*>(act + b * n.x_row + 4 * j) = pair;
+                    for (int j = 0; j < 3; ++j) {
+                        const float x0 = low_half(pairs[j]), x1 = high_half(pairs[j]);
+                        if (6 * w + 2 * j < K) square += x0 * x0 + x1 * x1;
+                        pairs[j] = pack(x0 * scale[k][j].x, x1 * scale[k][j].y);
+                    }
+                keep(reinterpret_cast<uint32_t*>(act + read_b * n.x_row) + 3 * w, {pairs[0], pairs[1], pairs[2], 0});
             }
         }
-        if (weight)
-#pragma unroll
-            for (int b = 0; b < kTokenSequences; ++b)
-                if (b < B) {
-                    const float s = warp_sum(square[b]);
-                    if (lane == 0) squares[warp * B + b] = s;
-                }
-        __syncthreads();  // the activations are there, and each warp's copies, which its lanes waited for
-    };
-    const auto gather_words = [&](const Word* words, int K, const float* weight, uint32_t tag) {
-        copies_wait<3>();  // of the 4 groups under way the oldest
-        gather(
-            K, weight, [&](int i) { return peek(words + i); },
-            [&](Word w, int i, int, int) {
-                while (uint32_t(w >> 32) != tag) w = peek(words + i);
-                return uint32_t(w);
-            });
+        return square;
     };
     const auto rstd = [&](int b) {
         float s = 0;
-        for (int w = 0; w < kTokenWarps; ++w) s += squares[w * B + b];
+#pragma unroll
+        for (int w = 0; w < kTokenWarps; ++w) s += (w & (B - 1)) == b ? control.squares[w] : 0.0f;
         return rsqrtf(s / float(n.D) + n.eps);
     };
-
-    // ---- Products: this warp's columns of `rows` rows times the activations, into `to`: (warps, B, rows)
-    const auto product = [&](float* to, const unsigned char* weights, int row_bytes, int rows, int width) {
-        float acc[kTokenTiles][4] = {};
-        const int tiles = (rows + 15) / 16;
+    // This warp's columns of `rows` rows times the activations, into sums: (warps, B, rows).
+    const auto product = [&](const unsigned char* matrix, int rows, int K) {
+        constexpr int kSteps = 6;
+        float acc[kTokenTiles][2][4] = {};
+        const int width = K / kTokenWarps, row_bytes = 2 * K + 16;
         const bool mine = lane / 4 < B;
         const unsigned char* x = act + lane / 4 * n.x_row + 2 * (warp * width + acc_col());
-        const auto operand = [&](uint32_t(&b)[2], int k) {
-            b[0] = mine ? *reinterpret_cast<const uint32_t*>(x + 2 * k) : 0;
-            b[1] = mine ? *reinterpret_cast<const uint32_t*>(x + 2 * k + 16) : 0;
-        };
-        const auto step = [&](float(&d)[4], const uint32_t(&b)[2], int tile, int k) {
-            uint32_t a[4];
-            const int r = min(tile * 16 + lane % 16, rows - 1);
-            load_matrices<false>(a, reinterpret_cast<const bf16*>(weights + r * row_bytes) + k + lane / 16 * 8);
-            mma16816(d, a, b[0], b[1]);
-        };
-        uint32_t b[2];
-        if (tiles == 1) {  // four sums side by side: a product waits for the one before it
-            for (int k0 = 0; k0 < width; k0 += 16 * kTokenTiles)
+        matrix += 2 * (warp * width + lane / 16 * 8);
+#pragma unroll 1
+        for (int k0 = 0; k0 < width; k0 += 16 * kSteps) {
+            uint32_t b[kSteps][2] = {};
 #pragma unroll
-                for (int t = 0; t < kTokenTiles; ++t)
-                    if (k0 + 16 * t < width) {
-                        operand(b, k0 + 16 * t);
-                        step(acc[t], b, 0, k0 + 16 * t);
-                    }
+            for (int u = 0; u < kSteps; ++u)
+                if (mine && k0 + 16 * u < width) {
+                    b[u][0] = *reinterpret_cast<const uint32_t*>(x + 2 * (k0 + 16 * u));
+                    b[u][1] = *reinterpret_cast<const uint32_t*>(x + 2 * (k0 + 16 * u) + 16);
+                }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) acc[0][i] = acc[0][i] + acc[1][i] + (acc[2][i] + acc[3][i]);
-        } else {
-#pragma unroll 2
-            for (int k = 0; k < width; k += 16) {
-                operand(b, k);
+            for (int t = 0; t < kTokenTiles; ++t)
+                if (16 * t < rows) {  // what lies beyond `width` counts as zero in b
+                    const unsigned char* row = matrix + min(16 * t + lane % 16, rows - 1) * row_bytes + 2 * k0;
+                    uint32_t a[kSteps][4];
 #pragma unroll
-                for (int t = 0; t < kTokenTiles; ++t)
-                    if (t < tiles) step(acc[t], b, t, k);
-            }
+                    for (int u = 0; u < kSteps; ++u)
+                        load_matrices<false>(a[u],
+                                             reinterpret_cast<const bf16*>(row) + (k0 + 16 * u < width ? 16 * u : 0));
+#pragma unroll
+                    for (int u = 0; u < kSteps; ++u) mma16816(acc[t][u % 2], a[u], b[u][0], b[u][1]);
+                }
         }
-        to += warp * rows * B;
+        float* to = sums + warp * rows * B;
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t)
+            if (16 * t < rows)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = 16 * t + acc_row() + i / 2 * 8, b_ = acc_col() + i % 2;
-                if (t < tiles && row < rows && b_ < B) to[b_ * rows + row] = acc[t][i];
-            }
-        __syncthreads();  // all parts of the sums are there
-    };
-    // Sum `o` of (B, rows), or 0 beyond them.
-    const auto sum_of = [&](const float* from, int o, int rows) {
-        float s = 0;
-        if (o < rows * B)
-#pragma unroll
-            for (int w = 0; w < kTokenWarps; ++w) s += from[w * rows * B + o];
-        return s;
-    };
-
-    // ---- Begin: the list of layers, the first layer's weights, what does not change from layer to layer
-    for (int i = thread; i < n.L * int(sizeof(TokenLayer) / 8); i += kTokenThreads)
-        reinterpret_cast<Word*>(layers)[i] = reinterpret_cast<const Word*>(g.layers)[i];
-    __syncthreads();
-    for (int kind = 0; kind < 4; ++kind) fill(kind, 0);
-    const int64 past = g.cursor->position;
-    const int own_rows = 2 * own.count, half_n = n.N / 2;
-    const int b_own = thread / own_rows, row_own = 2 * own.first + thread % own_rows;  // of the residual stream
-    const bool owns = thread < own_rows * B;
-    float x_own = owns ? to_float(from_float<bf16>(g.embed[int64(g.tokens[b_own]) * n.D + row_own])) : 0.0f;
-    float2 turn_c{}, turn_s{};  // of this lane's two pairs of C and B
-    if (2 * lane < half_n && g.cos_cb) {
-        turn_c = reinterpret_cast<const float2*>(g.cos_cb + past * half_n)[lane];
-        turn_s = reinterpret_cast<const float2*>(g.sin_cb + past * half_n)[lane];
-    }
-    // What the mixer of layer i reads beside the weights, into the L2 cache.
-    constexpr int kGroups = kTokenThreads / kLanes;
-    const int items = B * n.H * n.P / 2, units = B * n.H * n.splits;
-    const int64 per_split = (past + n.splits - 1) / n.splits, kv_row = int64(n.Hkv) * n.P;
-    const auto prefetch_state = [&](int i) {
-        if (i >= n.L) return;
-        const TokenLayer& l = layers[i];
-        if (l.S) {
-            for (int it = block + n.blocks * warp; it < items; it += n.blocks * kTokenWarps)
-                if (8 * lane < 2 * n.N) prefetch(l.S + int64(it) * 2 * n.N + 8 * lane);
-        } else {
-            for (int u = block; u < units; u += n.blocks) {
-                const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H;
-                const int64 first = split * per_split, last = min(past, min(first + per_split, first + 16 * kGroups));
-                const int64 at = b * n.capacity * kv_row + h / (n.H / n.Hkv) * n.P + thread % kLanes * 8;
-                for (int64 s = first + thread / kLanes; s < last; s += kGroups)
-                    if (thread % kLanes % 4 == 0) {
-                        prefetch(l.k + at + s * kv_row);
-                        prefetch(l.v + at + s * kv_row);
-                    }
-            }
-        }
-        const float* small[4] = {l.norm1, l.norm2, l.res1, l.res2};
-        if (block < 4 && 8 * thread < n.D) prefetch(small[block] + 8 * thread);
-        if (block == 4 && l.S && 8 * thread < n.H) {
-            prefetch(l.dt_bias + 8 * thread);
-            prefetch(l.A_log + 8 * thread);
-        }
-    };
-    prefetch_state(0);
-
-    for (int i = 0; i < n.L; ++i) {
-        const TokenLayer& l = layers[i];
-        const uint32_t tag = g.tag + uint32_t(i) + 1;
-        const Share in = in_share(i);
-        const int width = n.in_width[l.S ? 0 : 1], rows = 2 * in.count;
-        const float res1 = owns ? l.res1[row_own] : 0, res2 = owns ? l.res2[row_own] : 0;
-
-        // ---- x -> projection = rstd W (x * norm1)
-        if (i == 0) {
-            copies_wait<3>();
-            gather(
-                n.D, l.norm1, [](int) { return Word(0); },
-                [&](Word, int, int b, int j) {
-                    const float* e = g.embed + int64(g.tokens[b]) * n.D + 2 * j;
-                    return Rows<bf16, 16>::pack(e[0], e[1]);
-                });
-        } else {
-            gather_words(g.x, n.D, l.norm1, tag - 1);
-        }
-        product(sums, place, n.row_d, rows, columns);
-        {
-            const int b = min(thread / rows, B - 1);
-            const float v = sum_of(sums, thread, rows) * rstd(b), next = __shfl_down_sync(~0u, v, 1);
-            if (thread < rows * B && thread % 2 == 0)
-                send(g.proj + b * (width / 2) + in.first + thread % rows / 2, Rows<bf16, 16>::pack(v, next), tag);
-        }
-        fill(0, i + 1);
-        prefetch_state(i + 1);
-
-        // ---- projection -> y
-        const int width2 = width / 2;
-        if (l.S) {  // one warp per two rows of a state, a lane per two pairs (j, j + N/2)
-            for (int it = block + n.blocks * warp; it < items; it += n.blocks * kTokenWarps) {
-                const int p = it % (n.P / 2) * 2, h = it / (n.P / 2) % n.H, b = it / (n.P / 2) / n.H;
-                const bool on = 2 * lane < half_n;
-                const int j = on ? lane : 0;
-                float2* s0 = reinterpret_cast<float2*>(l.S + int64(it) * 2 * n.N) + j;
-                float2 *s1 = s0 + half_n / 2, *s2 = s1 + half_n / 2, *s3 = s2 + half_n / 2;
-                float2 a0 = *s0, a1 = *s1, a2 = *s2, a3 = *s3;
-                const float bias = l.dt_bias[h], log = l.A_log[h];
-                const Word* from = g.proj + b * width2;
-                const int hn = n.H * n.N / 2, c = h * half_n + j;
-                const Word* const where[6] = {from + c,
-                                              from + c + half_n / 2,
-                                              from + hn + c,
-                                              from + hn + c + half_n / 2,
-                                              from + 2 * hn + (h * n.P + p) / 2,
-                                              from + 2 * hn + (n.D + h) / 2};
-                uint32_t w[6];
-                receive(w, where, tag);
-                const float dt = softplus((h % 2 ? high_half(w[5]) : low_half(w[5])) + bias);
-                const float a = n.decay ? expf(-expf(log) * dt) : 1.0f;
-                const float x0 = dt * low_half(w[4]), x1 = dt * high_half(w[4]);
-                const auto turn = [&](float2* lo, float2* hi, uint32_t wl, uint32_t wh) {
-                    const float l0 = low_half(wl), l1 = high_half(wl), h0 = low_half(wh), h1 = high_half(wh);
-                    *lo = {l0 * turn_c.x - h0 * turn_s.x, l1 * turn_c.y - h1 * turn_s.y};
-                    *hi = {h0 * turn_c.x + l0 * turn_s.x, h1 * turn_c.y + l1 * turn_s.y};
-                };
-                float2 c_lo, c_hi, b_lo, b_hi;
-                turn(&c_lo, &c_hi, w[0], w[1]);
-                turn(&b_lo, &b_hi, w[2], w[3]);
-                a0 = {a * a0.x + x0 * b_lo.x, a * a0.y + x0 * b_lo.y};
-                a1 = {a * a1.x + x0 * b_hi.x, a * a1.y + x0 * b_hi.y};
-                a2 = {a * a2.x + x1 * b_lo.x, a * a2.y + x1 * b_lo.y};
-                a3 = {a * a3.x + x1 * b_hi.x, a * a3.y + x1 * b_hi.y};
-                float y0 = a0.x * c_lo.x + a0.y * c_lo.y + (a1.x * c_hi.x + a1.y * c_hi.y);
-                float y1 = a2.x * c_lo.x + a2.y * c_lo.y + (a3.x * c_hi.x + a3.y * c_hi.y);
-                y0 = warp_sum(on ? y0 : 0.0f);
-                y1 = warp_sum(on ? y1 : 0.0f);
-                if (lane == 0) send(g.y + b * half_d + (h * n.P + p) / 2, Rows<bf16, 16>::pack(y0, y1), tag);
-                if (on) {
-                    *s0 = a0;
-                    *s1 = a1;
-                    *s2 = a2;
-                    *s3 = a3;
+                for (int i = 0; i < 4; ++i) {
+                    const int row = 16 * t + acc_row() + i / 2 * 8, b = acc_col() + i % 2;
+                    if (row < rows && b < B) to[b * rows + row] = acc[t][0][i] + acc[t][1][i];
                 }
+    };
+    const auto sum_of = [&](int b, int row, int rows) {
+        float s[4] = {};
+#pragma unroll
+        for (int w = 0; w < kTokenWarps; ++w) s[w % 4] += sums[(w * B + b) * rows + row];
+        return (s[0] + s[1]) + (s[2] + s[3]);
+    };
+    // The units that a block makes of a product are dealt out to groups of six lanes, of the last warps first: unit u of
+    // sequence b is number b * stride + u.
+    struct Item {
+        bool on;
+        int b, unit, r;
+    };
+    const auto item_of = [&](int count, int stride) {
+        Item it{lane < 30, 0, (kTokenWarps - 1 - warp) * 5 + lane / 6, lane % 6};
+        while (it.unit >= stride && it.b < B - 1) {
+            it.unit -= stride;
+            ++it.b;
+        }
+        it.on = it.on && it.unit < count;
+        if (!it.on) it.unit = 0;
+        return it;
+    };
+    const auto send_six = [&](Word* to, const Item& it, float v, uint32_t tag) {
+        const uint32_t pair = pack(v, __shfl_down_sync(~0u, v, 1));
+        const int first = lane - it.r;
+        const uint32_t a = __shfl_sync(~0u, pair, first), b = __shfl_sync(~0u, pair, first + 2),
+                       c = __shfl_sync(~0u, pair, first + 4);
+        if (it.on && it.r < kTokenCopies) send(to + it.r * n.copy_words, a, b, c, tag);
+    };
+
+    const int half_n = n.N / 2, words_d = sixes(n.D), tiles = (control.head.count + 4) / 5;
+    // The residual stream: whose number it is that this lane keeps.
+    const auto column_of = [&](const Item& it) {
+        const int column = 6 * (control.own.first + it.unit) + it.r;
+        return it.on && column < n.D ? column : -1;
+    };
+
+#pragma unroll 1
+    for (int step = 0; step < g.steps; ++step) {
+        const int past = position + step;
+        const uint32_t tag0 = g.tag + uint32_t(step) * uint32_t(n.L + 1);
+        const bool end = step + 1 == g.steps;
+        float x_own = 0;
+        {
+            const Item it = item_of(control.own.count, control.own.count);
+            if (column_of(it) >= 0)
+                x_own = to_float(from_float<bf16>(g.embed[int64(control.tokens[it.b]) * n.D + column_of(it)]));
+            send_six(g.words + it.b * words_d + control.own.first + it.unit, it, x_own, tag0);
+        }
+        Ranked best = 0;
+
+        // One matrix after the other, and the tiles of the head: kind 4.
+#pragma unroll 1
+        for (int at = 0; at < 4 * n.L + tiles; ++at) {
+            // Else the compiler would keep all addresses that it can make of these, in more registers than there are.
+            asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane));
+            const int i = min(at / 4, n.L - 1), kind = at < 4 * n.L ? at % 4 : 4, tile = at - 4 * n.L;
+            const TokenLayer& l = layers[i];
+            const uint32_t tag = tag0 + uint32_t(i) + 1;
+            const int words_in = sixes(n.in_width[l.S ? 0 : 1]);
+            Share units = kind == 0   ? control.in[l.S ? 0 : 1]
+                          : kind == 2 ? control.own_h
+                          : kind == 4 ? control.head
+                                      : control.own;
+            if (kind == 4) units = {units.first + 5 * tile, min(5, units.count - 5 * tile)};
+            const int per_unit = kind == 2 ? 12 : 6, rows = per_unit * units.count, K = kind == 3 ? n.F : n.D;
+            const float* weight = kind == 0 ? l.norm1 : kind == 2 ? l.norm2 : kind == 4 ? g.final_norm : nullptr;
+            float res = 0;
+            if (kind % 2 == 1) {
+                const int column = column_of(item_of(units.count, units.count));
+                if (column >= 0) res = (kind == 1 ? l.res1 : l.res2)[column];
             }
-        } else {
-            // A block per split of a head; the last one also takes the new key and value, and appends them.
-            const int group = thread / kLanes, e = thread % kLanes * 8, half = n.P / 2,
-                      pair = e < half ? e + half : e - half;
-            float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(act);
-            for (int u = block; u < units; u += n.blocks) {
-                const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H, hkv = h / (n.H / n.Hkv);
-                const int64 first = split * per_split, last = min(past, first + per_split);
-                const bool on = e < n.P;
-                const int at = on ? e : 0, other = on ? pair : half;
-                const float sign = e < half ? -1.0f : 1.0f;
-                float cs[8], sn[8];
-                load<8>(cs, g.cos_qk + past * half + at % half);
-                load<8>(sn, g.sin_qk + past * half + at % half);
-                const auto turned = [&](float(&f)[8], int head) {  // of q or the new k
-                    const Word* from = g.proj + b * width2 + head * n.P / 2;
-                    const Word* const where[8] = {from + at / 2,        from + at / 2 + 1,   from + at / 2 + 2,
-                                                  from + at / 2 + 3,    from + other / 2,    from + other / 2 + 1,
-                                                  from + other / 2 + 2, from + other / 2 + 3};
-                    uint32_t w[8];
-                    receive(w, where, tag);
+            if (kind == 1) {
+                // ---- projection -> y
+                const int maker = (warp + kTokenWarps / 2) % kTokenWarps, y_b = control.y[maker].b,
+                          y_unit = control.y[maker].unit, y_row = control.y[maker].row, y_head = y_row / n.P;
+                const bool makes_y = y_b >= 0;
+                uint32_t y = 0;
+                if (l.S && makes_y) {
+                    // A lane has two pairs (j, j + N/2) of each row. What they are made of: words of C (with one of X and
+                    // one of dt on the last lanes) and of B; in `stage` six numbers, or three pairs, of each.
+                    const bool has_pairs = 2 * lane < half_n;
+                    const int own_pair = has_pairs ? lane : 0, hn = n.H * n.N, at_c = y_head * n.N, at_b = hn + at_c,
+                              at_x = 2 * hn + y_row, at_dt = 2 * hn + n.D + y_head;
+                    const float2 turn_c = reinterpret_cast<const float2*>(g.cos_cb + int64(past) * half_n)[own_pair],
+                                 turn_s = reinterpret_cast<const float2*>(g.sin_cb + int64(past) * half_n)[own_pair];
+                    float2* s = reinterpret_cast<float2*>(l.S + (int64(y_b) * n.D + y_row) * n.N) + own_pair;
+                    float2 lo[2], hi[2];
 #pragma unroll
-                    for (int k = 0; k < 8; ++k) {
-                        const float x = k % 2 ? high_half(w[k / 2]) : low_half(w[k / 2]);
-                        const float z = k % 2 ? high_half(w[4 + k / 2]) : low_half(w[4 + k / 2]);
-                        f[k] = on ? x * cs[k] + sign * z * sn[k] : 0.0f;
+                    for (int r = 0; r < 2; ++r) {
+                        lo[r] = s[r * half_n];
+                        hi[r] = s[r * half_n + half_n / 2];
                     }
-                };
-                float q[8];
-                turned(q, h);
-                const float log2_scale = kLog2e * rsqrtf(float(n.P));
-#pragma unroll
-                for (int k = 0; k < 8; ++k) q[k] *= log2_scale;
-                bf16* keys = l.k + b * n.capacity * kv_row + hkv * n.P;
-                bf16* values = l.v + b * n.capacity * kv_row + hkv * n.P;
-                OnlineSoftmax mean;
-                attend<kLanes, true>(mean, q, keys, values, kv_row, first, last, group, kGroups, e, n.P);
-                if (split == n.splits - 1) {
-                    float key[1][8], value[1][8];
-                    turned(key[0], n.H + hkv);
-                    const Word* from = g.proj + b * width2 + ((n.H + n.Hkv + hkv) * n.P + at) / 2;
-                    const Word* const where[4] = {from, from + 1, from + 2, from + 3};
-                    uint32_t w[4];
+                    const float bias = l.dt_bias[y_head], log = l.A_log[y_head];
+                    const Word* proj = mail + n.proj_at + y_b * words_in;
+                    const Word* const where[2] = {proj + (lane == 30   ? at_x / 6
+                                                          : lane == 31 ? at_dt / 6
+                                                                       : min(at_c / 6 + lane, (at_c + n.N - 1) / 6)),
+                                                  proj + min(at_b / 6 + lane, (at_b + n.N - 1) / 6)};
+                    Word w[2];
                     receive(w, where, tag);
+                    uint32_t* stage = reinterpret_cast<uint32_t*>(scratch) + warp * kTokenStage * 3;
 #pragma unroll
-                    for (int k = 0; k < 8; ++k) value[0][k] = k % 2 ? high_half(w[k / 2]) : low_half(w[k / 2]);
-                    const float score[1] = {score_of<kLanes>(q, key[0])};
-                    if (group == 0) {
-                        mean.add(score, value);
-                        if (on && h % (n.H / n.Hkv) == 0) {
-                            store<8>(keys + past * kv_row + e, key[0]);
-                            store<8>(values + past * kv_row + e, value[0]);
+                    for (int k = 0; k < 2; ++k) keep(stage + 3 * (32 * k + lane), w[k]);
+                    __syncwarp();
+                    const auto turned = [&](float2* to_lo, float2* to_hi, int at) {
+                        const uint32_t wl = stage[at], wh = stage[at + half_n / 2];
+                        const float l0 = low_half(wl), l1 = high_half(wl), h0 = low_half(wh), h1 = high_half(wh);
+                        *to_lo = {l0 * turn_c.x - h0 * turn_s.x, l1 * turn_c.y - h1 * turn_s.y};
+                        *to_hi = {h0 * turn_c.x + l0 * turn_s.x, h1 * turn_c.y + l1 * turn_s.y};
+                    };
+                    float2 c_lo, c_hi, b_lo, b_hi;
+                    turned(&c_lo, &c_hi, at_c % 6 / 2 + own_pair);
+                    turned(&b_lo, &b_hi, 96 + at_b % 6 / 2 + own_pair);
+                    const uint32_t raw = stage[93 + at_dt % 6 / 2], x = stage[90 + at_x % 6 / 2];
+                    const float dt = softplus((at_dt % 2 ? high_half(raw) : low_half(raw)) + bias);
+                    const float a = n.decay ? expf(-expf(log) * dt) : 1.0f;
+                    float sum[2];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        const float dx = dt * (r ? high_half(x) : low_half(x));
+                        lo[r] = {a * lo[r].x + dx * b_lo.x, a * lo[r].y + dx * b_lo.y};
+                        hi[r] = {a * hi[r].x + dx * b_hi.x, a * hi[r].y + dx * b_hi.y};
+                        sum[r] = lo[r].x * c_lo.x + lo[r].y * c_lo.y + (hi[r].x * c_hi.x + hi[r].y * c_hi.y);
+                        sum[r] = warp_sum(has_pairs ? sum[r] : 0.0f);
+                        if (has_pairs && 6 * y_unit + 2 * (maker % 3) < n.D) {  // else another warp's rows
+                            s[r * half_n] = lo[r];
+                            s[r * half_n + half_n / 2] = hi[r];
                         }
                     }
+                    y = pack(sum[0], sum[1]);
+                } else if (!l.S) {
+                    token_attention<kLanes>(n, g, l, scratch, mail + n.proj_at, past, tag);
+                    if (makes_y) {  // lane s has split s
+                        const Word w = receive(
+                            g.words + n.partial_at +
+                                ((int64(y_b * n.H + y_head) * n.splits + min(lane, n.splits - 1)) * n.P + y_row % n.P) /
+                                    2,
+                            tag);
+                        float top = __uint_as_float(w.c);
+#pragma unroll
+                        for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+                        const float scale = lane < n.splits ? exp2_fast(__uint_as_float(w.c) - top) : 0.0f;
+                        const float inverse = 1 / warp_sum(scale), y0 = warp_sum(scale * __uint_as_float(w.a)),
+                                    y1 = warp_sum(scale * __uint_as_float(w.b));
+                        y = pack(y0 * inverse, y1 * inverse);
+                    }
                 }
-#pragma unroll
-                for (int k = 0; k < 8; ++k) joined[group][e + k] = mean.out[k];
-                joined[group][8 * kLanes] = mean.top;
-                joined[group][8 * kLanes + 1] = mean.sum;
-                __syncthreads();  // the groups' sums are there
-                float out = 0, top, sum;
-                join_groups<kGroups, 8 * kLanes>(&out, &top, &sum, joined, thread, n.P);
-                Word* to = g.partial + int64(u) * (n.P + 2);
-                if (thread < n.P) send(to + thread, __float_as_uint(out), tag);
-                if (thread == 0) {
-                    send(to + n.P, __float_as_uint(top), tag);
-                    send(to + n.P + 1, __float_as_uint(sum), tag);
+                if (makes_y) {
+                    if (lane == 0) control.pairs[maker] = y;
+                    asm volatile("bar.sync %0, 96;" ::"r"(2 + maker / 3)
+                                 : "memory");  // the three warps' pairs are there
+                    if (maker % 3 == 0 && lane < kTokenCopies)
+                        send(g.words + lane * n.copy_words + n.from_at[1] + y_b * words_d + y_unit,
+                             control.pairs[maker], control.pairs[maker + 1], control.pairs[maker + 2], tag);
                 }
-                __syncthreads();  // they have been read
             }
-            // One warp per two numbers of a head: lane s has split s.
-            for (int it = block + n.blocks * warp; it < items; it += n.blocks * kTokenWarps) {
-                const int p = it % (n.P / 2) * 2, head = it / (n.P / 2);
-                const Word* from = g.partial + int64(head * n.splits + min(lane, n.splits - 1)) * (n.P + 2);
-                const Word* const where[4] = {from + p, from + p + 1, from + n.P, from + n.P + 1};
-                uint32_t w[4];
-                receive(w, where, tag);
-                float top = __uint_as_float(w[2]);
-#pragma unroll
-                for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-                const float scale = lane < n.splits ? exp2_fast(__uint_as_float(w[2]) - top) : 0.0f;
-                const float sum = warp_sum(scale * __uint_as_float(w[3]));
-                const float y0 = warp_sum(scale * __uint_as_float(w[0])), y1 = warp_sum(scale * __uint_as_float(w[1]));
-                if (lane == 0) send(g.y + head * (n.P / 2) + p / 2, Rows<bf16, 16>::pack(y0 / sum, y1 / sum), tag);
+
+            // ---- The activations and the weights
+            const float square = tile <= 0 ? gather(K, weight, n.from_at[kind], kind == 0 ? tag - 1 : tag) : 0.0f;
+            const int count = units.count * (kind == 2 ? 2 : kind == 3 ? (n.F + n.D - 1) / n.D : 1), p = pieces + lane;
+            if (warp == kTokenWarps - 2 && lane < count)
+                await(control.arrived + p % kTokenBarriers, p / kTokenBarriers);
+            pieces += count;
+            token_barrier();  // they are there
+            if (weight && tile <= 0) {
+                const float all = warp_sum(square);
+                if (lane == 0) control.squares[warp] = all;
+            }
+            product(weights + (kind < 4 ? n.matrix_at[kind] : tile % n.slots * tile_bytes), rows, K);
+            token_barrier();  // all parts of the sums are there, and the weights have been read
+            ++done;
+            if (thread == 0) *used = done;
+
+            // ---- in: rstd W (x * norm);  out, down: res * x + W y;  gate_up: silu(gate) * up;  head: logits
+            const int stride = kind == 4 ? 5 : units.count;
+            if ((kTokenWarps - 1 - warp) * 5 >= stride * B) continue;
+            const Item it = item_of(units.count, stride);
+            const int row = per_unit * it.unit + it.r;
+            float v = sum_of(it.b, row, rows);
+            if (weight) v *= rstd(it.b);
+            if (kind == 4) {
+                const int token = 6 * units.first + row;
+                if (it.on && token < n.V) {
+                    if (end) g.logits[int64(it.b) * ((n.V + 7) / 8 * 8) + token] = v;
+                    if (token < g.vocab) best = max(best, ranked(v, token));
+                }
+                continue;
+            }
+            if (kind == 2) v = v / (1.0f + exp2_fast(-v * kLog2e)) * (rstd(it.b) * sum_of(it.b, row + 6, rows));
+            if (kind % 2 == 1) v = x_own = to_float(from_float<bf16>(res * x_own + v));
+            const int to = kind == 0 ? n.proj_at + it.b * words_in
+                                     : n.from_at[(kind + 1) % 4] + it.b * (kind == 2 ? sixes(n.F) : words_d);
+            send_six(g.words + to + units.first + it.unit, it, v, tag);
+        }
+
+        // The best of all blocks. The fences order what was written to K and V before what the next step reads of them.
+        best = warp_max(best);
+        if (kTokenWarps - 1 - warp < B && lane == 0) control.best[kTokenWarps - 1 - warp] = best;
+        token_barrier();  // the best of each sequence is there
+        const uint32_t tag = tag0 + uint32_t(n.L);
+        Word* all = g.words + n.best_at + warp * n.blocks;
+        if (warp < B && lane == 0) {
+            const Ranked top = control.best[warp];
+            __threadfence();
+            send(all + block, uint32_t(top), uint32_t(top >> 32), uint32_t(top), tag);
+        }
+        if (end && block > 0) return;
+        if (warp < B) {
+            Ranked top = 0;
+#pragma unroll 1
+            for (int k = lane; k < n.blocks; k += 32) {
+                const Word w = receive(all + k, tag);
+                top = max(top, Ranked(w.b) << 32 | (w.a & w.c));  // all of a word is used
+            }
+            top = warp_max(top);
+            __threadfence();
+            if (lane == 0) {
+                control.tokens[warp] = token_of(top);
+                if (block == 0) g.chosen[(made + step) * B + warp] = reported(top);
+                if (block == 0 && end) g.tokens[warp] = token_of(top);
             }
         }
-
-        // ---- y -> x_mid = res1 * x + W y
-        const auto residual = [&](Word* to, float res) {
-            x_own = to_float(from_float<bf16>(res * x_own + sum_of(sums, thread, own_rows)));
-            const float next = __shfl_down_sync(~0u, x_own, 1);
-            if (owns && thread % 2 == 0)
-                send(to + b_own * half_d + row_own / 2, Rows<bf16, 16>::pack(x_own, next), tag);
-        };
-        gather_words(g.y, n.D, nullptr, tag);
-        product(sums, place + n.out_at, n.row_d, own_rows, columns);
-        residual(g.mid, res1);
-        fill(1, i + 1);
-
-        // ---- x_mid -> h = silu(gate) * up, rows in the order gate, up, gate, up
-        gather_words(g.mid, n.D, l.norm2, tag);
-        const int rows_h = 4 * own_h.count;
-        product(sums, place + n.gate_up_at, n.row_d, rows_h, columns);
-        {
-            const int b = min(thread / rows_h, B - 1);
-            const float v = sum_of(sums, thread, rows_h) * rstd(b), up = __shfl_down_sync(~0u, v, 1);
-            const float h = v / (1.0f + exp2_fast(-v * kLog2e)) * up, next = __shfl_down_sync(~0u, h, 2);
-            if (thread < rows_h * B && thread % 4 == 0)
-                send(g.h + b * (n.F / 2) + own_h.first + thread % rows_h / 4, Rows<bf16, 16>::pack(h, next), tag);
-        }
-        fill(2, i + 1);
-
-        // ---- h -> x = res2 * x_mid + W h
-        gather_words(g.h, n.F, nullptr, tag);
-        product(sums, place + n.down_at, n.row_f, own_rows, n.F / kTokenWarps);
-        residual(g.x, res2);
-        fill(3, i + 1);
+        token_barrier();  // the tokens are there
     }
-
-    // ---- x -> logits, 16 rows at a time; the best of this block's
-    gather_words(g.x, n.D, g.final_norm, g.tag + uint32_t(n.L));
-    copies_done();
-    __syncwarp();
-    Ranked best = 0;
-    const int slots = n.slots[4];
-    for (int tile = 0; tile < own_tiles.count; ++tile) {
-        if (tile >= slots) {
-            copies_wait<kTokenAhead>();  // the copy of this tile was begun `slots` tiles ago, each a group of its own
-            __syncwarp();
-        }
-        const int first = (own_tiles.first + tile) * 16, rows = 16;
-        float* to = sums + tile % 2 * kTokenWarps * rows * B;
-        product(to, head_slot(tile % slots), n.row_d, rows, columns);
-        fill_head(tile + slots, tile % slots);
-        copies_commit();
-        if (thread < rows * B) {
-            const int b = thread / rows, row = first + thread % rows;
-            const float z = sum_of(to, thread, rows) * rstd(b);
-            if (row < n.V) g.logits[int64(b) * n.logits_ld + row] = z;
-            if (row < g.vocab) best = max(best, ranked(z, row));
-        }
-    }
-#pragma unroll
-    for (int d = 8; d > 0; d /= 2) best = max(best, __shfl_xor_sync(~0u, best, d));
-    if (thread < 16 * B && thread % 16 == 0) atomicMax(g.best + thread / 16, best);
+    if (thread == 0) *g.cursor = {position + g.steps, made + g.steps};
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4444,7 +4579,7 @@ struct CudaState : State {
     bool whole = false;
     TokenPlan token_plan{};
     TokenLayer* token_layers = nullptr;
-    Word *x = nullptr, *proj = nullptr, *y = nullptr, *mid = nullptr, *h = nullptr, *partial = nullptr;
+    Word* words = nullptr;
     uint32_t tag = 0;
     cudaGraphExec_t graph = nullptr;
 
@@ -4456,12 +4591,11 @@ struct CudaState : State {
     CudaState(const Config& c, int64 sequences, int64 tokens) : layers(size_t(c.L)) {
         B = sequences;
         capacity = tokens;
-        if (!std::is_same<A, float>::value) {
-            int device = 0, blocks = 0, most = 0;
+        if (!std::is_same<A, float>::value && has_wgmma()) {
+            int device = 0, blocks = 0;
             CHECK_CUDA(cudaGetDevice(&device));
             CHECK_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
-            CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-            whole = plan_token(&token_plan, c, B, capacity, blocks, size_t(most));
+            whole = plan_token(&token_plan, c, B, capacity, blocks, shared_memory_per_block());
         }
         Arena plan;
         take(&plan, c);
@@ -4476,13 +4610,10 @@ struct CudaState : State {
         arena->take(&cursor, 1);
         arena->take(&best, B);
         arena->take(&chosen, kDecodeRun * B);
-        splits = attention_splits(B * c.H, capacity);
+        splits = attention_splits(B, c.H, c.P(), capacity);
         if (whole) {
             arena->take(&token_layers, c.L);
-            for (Word** words : {&x, &y, &mid}) arena->take(words, B * c.D / 2);
-            arena->take(&proj, B * std::max(token_plan.in_width[0], token_plan.in_width[1]) / 2);
-            arena->take(&h, B * c.F / 2);
-            arena->take(&partial, B * c.H * token_plan.splits * (c.P() + 2));
+            arena->take(&words, token_plan.words);
         }
         if (c.attn_period > 0) arena->take(&attention_partial, B * c.H * splits * (c.P() + 2));
         for (int64 i = 0; i < c.L; ++i) {
@@ -4617,7 +4748,7 @@ class Model {
     void layer_forward(int64 layer, CudaState<A>* state, Position before);
     void remake(int64 layer);
     void decode_step(CudaState<A>* state, int64 vocab);
-    void decode_whole(CudaState<A>* state, int64 vocab);
+    void decode_whole(CudaState<A>* state, int64 vocab, int64 steps);
     void decode_mixer(int64 layer, CudaState<A>* state, Position before);
     void check_tokens(const int32_t* ids, int64 n) const {
         for (int64 r = 0; r < n; ++r)
@@ -5015,7 +5146,9 @@ void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 cou
         const int64 steps = std::min(kDecodeRun, count - made);
         const DecodeCursor cursor{state->position, 0};
         CHECK_CUDA(cudaMemcpyAsync(state->cursor, &cursor, sizeof cursor, cudaMemcpyHostToDevice, stream));
-        for (int64 i = 0; i < steps; ++i) decode_step(state, vocab);
+        if (state->whole) decode_whole(state, vocab, steps);
+        else
+            for (int64 i = 0; i < steps; ++i) decode_step(state, vocab);
         state->position += steps;
         if (!chosen) continue;
         CHECK_CUDA(cudaMemcpyAsync(run.data(), state->chosen, size_t(steps * B) * sizeof(int32_t),
@@ -5038,7 +5171,6 @@ void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 cou
 // again when memory has moved.
 template <class A>
 void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
-    if (state->whole) return decode_whole(state, vocab);
     const auto work = [&] {
         layers_forward(state, {state->position, &state->cursor->position});
         const Matrix& head = matrix(config.tie ? Param::word_embed : Param::lm_head, -1);
@@ -5062,9 +5194,9 @@ void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
     CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
 }
 
-// The same in one kernel.
+// Several, in one kernel.
 template <class A>
-void Model<A>::decode_whole(CudaState<A>* state, int64 vocab) {
+void Model<A>::decode_whole(CudaState<A>* state, int64 vocab, int64 steps) {
     if constexpr (kCopy) {
         const Config& c = config;
         const TokenPlan& plan = state->token_plan;
@@ -5093,25 +5225,20 @@ void Model<A>::decode_whole(CudaState<A>* state, int64 vocab) {
                        sin_cb,
                        data(matrix(c.tie ? Param::word_embed : Param::lm_head, -1)),
                        tokens,
+                       state->chosen,
                        state->cursor,
-                       state->best,
                        logits32,
-                       state->x,
-                       state->proj,
-                       state->y,
-                       state->mid,
-                       state->h,
-                       state->partial,
+                       state->words,
                        int(vocab),
-                       state->tag};
-        state->tag += uint32_t(c.L);
+                       int(steps),
+                       state->tag + 1};
+        state->tag += uint32_t((c.L + 1) * steps);
         void* pointers[] = {const_cast<TokenPlan*>(&plan), &args};
         const void* kernel = plan.P > 64 ? (const void*)token_kernel<16> : (const void*)token_kernel<8>;
         CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
-        CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.blocks)), dim3(kTokenThreads), pointers,
+        CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.blocks)), dim3(kTokenThreads + 32), pointers,
                                                size_t(plan.shared), stream));
         if (profile) profile->mark("token", stream);
-        launch("choose", choose_kernel, 1, 256, 0, stream, tokens, state->chosen, state->cursor, state->best, B);
     }
 }
 
