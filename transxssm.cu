@@ -34,6 +34,7 @@
 // elements. The widths that often are no such multiple are padded in memory, the mixer's projection to a multiple of 32
 // and the logits to one of 8: their rows are ld elements apart and end in zeros.
 #include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -716,8 +717,8 @@ static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int
 // 6  Attention: y_t = sum_{s<=t} p_ts v_s,  p_t = softmax_s(q_t . k_s / sqrt(P))
 // ---------------------------------------------------------------------------------------------------------------------
 // Scores exist on chip only. A block owns rows of its result, queries or keys, and walks over the rows of the other side
-// that these see: they arrive a tile at a time, the next one during the work on this one, and are worked on a step at a
-// time. Steps wholly in the future are skipped. kP is P padded to 64 or 128.
+// that these see, a tile per step, which arrives during the steps before. Steps in the future of all own rows are left out.
+// kP is P padded to 64 or 128.
 //
 // Compute-bound: forward 4 P T^2/2 operations per head, backward 14 P T^2/2, against 4 P T and 8 P T numbers moved.
 // Beside the products stand the exponentials (T^2/2 per head forward, T^2 backward; a multiprocessor makes 16 per cycle)
@@ -725,13 +726,13 @@ static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int
 // as mma.sync can use up; one that owns 32 rows half of that.
 
 // How a kernel is cut up. team: warps that multiply together, 1 (float, mma.sync) or 4 (wgmma, below). A warp owns 16 M
-// rows. tile: rows of the other side per copy; step: at a time. keep: the block's own operands stay in registers, else
-// each product reads them from shared memory. blocks: how many shall share a multiprocessor.
-template <int team_, int M_, int warps_, int tile_, int step_, bool keep_, int blocks_>
+// rows. step: rows of the other side at a time; stages: buffers for them. keep: the block's own operands stay in registers,
+// else each product reads them from shared memory. blocks: how many shall share a multiprocessor.
+template <int team_, int M_, int warps_, int step_, int stages_, bool keep_, int blocks_>
 struct Tiling {
-    static constexpr int team = team_, M = M_, tile = tile_, step = step_, blocks = blocks_;
+    static constexpr int team = team_, M = M_, warps = warps_, step = step_, stages = stages_, blocks = blocks_;
     static constexpr bool keep = keep_;
-    static constexpr int threads = 32 * warps_, own = 16 * M * warps_, team_rows = 16 * M * team;
+    static constexpr int threads = 32 * warps, own = 16 * M * warps, team_rows = 16 * M * team;
     // The block's rows belong to one team after the other, a team's rows to its warps in turn, 16 at a time.
     // Lane 0's number, passed to all: the compiler then knows that it is the same for a warp.
     __device__ static int team_row() { return __shfl_sync(~0u, int(threadIdx.x) / (32 * team), 0) * team_rows; }
@@ -744,15 +745,17 @@ struct Tiling {
 // twice the rate of mma.sync. Accumulators and operands in registers are laid out as for mma.sync, so that the kernels
 // below are written once. What differs:
 //   - the layout of a tile: panels of 64 columns, rows of 128 bytes, where the eight 16-byte pieces of row r change
-//     places, c -> c ^ r % 8 (the "128-byte swizzle"): eight rows of one column lie in different banks
+//     places, c -> c ^ r % 8 (the "128-byte swizzle"): eight rows of one column lie in different banks. The copy engine
+//     makes it so: one thread asks for a whole tile, the others have no part in it
 //   - products go on in the background. products_wait<n>() returns when all but the n youngest are done; until then
 //     nobody may touch their accumulators, nor overwrite the tiles they read
-//   - wgmma reads shared memory beside the order of ordinary accesses: tiles_arrived() has a fence for it
-// Code for sm_90a has wgmma. In any other these functions are empty, and has_wgmma() keeps them from being called.
+// Code for sm_90a has all this. In any other these functions are empty, and has_wgmma() keeps them from being called.
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA(...)
+#define ATTENTION_WAIT "test_wait"
 #else
 #define WGMMA(...) __VA_ARGS__
+#define ATTENTION_WAIT "try_wait"
 #endif
 
 // Where element (r,c) of a tile of kRows x kP lies.
@@ -764,13 +767,10 @@ struct Tile {
 template <int kRows, int kP>
 struct Tile<bf16, kRows, kP, 4> {
     static constexpr int ld = 64, panel = kRows * ld, size = kP / 64 * panel;
-    __device__ static int at(int r, int c) { return c / 64 * panel + r * ld + ((c / 8 % 8) ^ (r % 8)) * 8 + c % 8; }
-    // Of the operand `offset` elements (a multiple of 8) behind p: the address in units of 16 bytes, 1024 bytes from 8 rows
-    // to the next 8, the swizzle.
-    __device__ static uint64_t describe(const bf16* p, int offset) {
-        const uint32_t address = uint32_t(__cvta_generic_to_shared(p)) / 16 + uint32_t(offset / 8);
-        return uint64_t(address | 1 << 16) | uint64_t(1024 / 16 | 1 << 30) << 32;
-    }
+    // Of the operand at p: the address in units of 16 bytes, 1024 bytes from 8 rows to the next 8, the swizzle. What
+    // begins e elements later (a multiple of 8) has start(p) + e / 8.
+    __device__ static uint32_t start(const bf16* p) { return uint32_t(__cvta_generic_to_shared(p)) / 16 | 1 << 16; }
+    __device__ static uint64_t describe(uint32_t start) { return uint64_t(1024 / 16 | 1 << 30) << 32 | start; }
 };
 
 // d (64,64) = a (64,16) b (16,64), or += if `add`. b lies in its tile as it is (plain) or as its transpose. a: fragments
@@ -797,48 +797,44 @@ __device__ inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, bool add) {
 #undef WGMMA_D32
 __device__ inline void wgmma_begin() { WGMMA(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
 __device__ inline void wgmma_commit() { WGMMA(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
-template <int team, int later, int NT, int M>
-__device__ inline void products_wait(Accumulator<NT> (&acc)[M]) {
+template <int NT, int M>
+__device__ inline void changes_here(Accumulator<NT> (&acc)[M]) {  // not earlier, not later
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[m].v[t][i])::"memory");
+}
+template <int team, int later, class... Acc>
+__device__ inline void products_wait(Acc&... acc) {  // what was computed into acc before goes on before
     if constexpr (team == 4) {
+        (changes_here(acc), ...);
         WGMMA(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(later) : "memory"));
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-            for (int t = 0; t < NT; ++t)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    asm volatile("" : "+f"(acc[m].v[t][i])::"memory");  // changes here, not before
+        (changes_here(acc), ...);
     }
 }
-// All threads' copies are there, for wgmma too.
-template <int team>
-__device__ inline void tiles_arrived() {
-    copies_done();
-    if (team == 4) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
-    __syncthreads();
-}
 
-// acc[m] = a[m] b, or += if `add`. b: the tile's rows from row0 on, as they are (plain) or transposed.
-template <Layout lb, bool add, int kRows, int kP, int K, int NT, int M>
+// acc[m] = a[m] b, or += if `add`. b: the tile as it is (plain) or transposed.
+template <Layout lb, int kRows, int kP, int K, int NT, int M>
 __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<float, K> (&a)[M], Tile<float, kRows, kP, 1> b,
-                               const float* tile, int row0) {
+                               const float* tile, bool add) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
         if (!add) acc[m].zero();
-        multiply<Layout::plain, lb>(acc[m], a[m].p, a[m].ld, tile + b.at(row0, 0), b.ld, K);
+        multiply<Layout::plain, lb>(acc[m], a[m].p, a[m].ld, tile, b.ld, K);
     }
 }
 // The fragments of b that `lane` loads for inner dimension 16 k .. and columns 8 t .. are matrix_at(k, t).
 template <Layout lb, int kRows, int kP>
-__device__ inline void load_right(uint32_t (&f)[4], Tile<bf16, kRows, kP, 1> b, const bf16* tile, int row0, int k,
-                                  int t) {
+__device__ inline void load_right(uint32_t (&f)[4], Tile<bf16, kRows, kP, 1> b, const bf16* tile, int k, int t) {
     const int r = lane_id() % 8, m = lane_id() / 8, low = m % 2 * 8, high = m / 2 * 8;
-    if (lb == Layout::plain) load_matrices<true>(f, tile + b.at(row0 + 16 * k + r + low, 8 * t + high));
-    else load_matrices<false>(f, tile + b.at(row0 + 8 * t + r + high, 16 * k + low));
+    if (lb == Layout::plain) load_matrices<true>(f, tile + b.at(16 * k + r + low, 8 * t + high));
+    else load_matrices<false>(f, tile + b.at(8 * t + r + high, 16 * k + low));
 }
-template <Layout lb, bool add, int kRows, int kP, int K, int NT, int M>
+template <Layout lb, int kRows, int kP, int K, int NT, int M>
 __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&a)[M], Tile<bf16, kRows, kP, 1> b,
-                               const bf16* tile, int row0) {
+                               const bf16* tile, bool add) {
     if (!add)
 #pragma unroll
         for (int m = 0; m < M; ++m) acc[m].zero();
@@ -847,7 +843,7 @@ __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&
 #pragma unroll
         for (int t = 0; t < NT; t += 2) {
             uint32_t f[4];
-            load_right<lb>(f, b, tile, row0, k, t);
+            load_right<lb>(f, b, tile, k, t);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 mma16816(acc[m].v[t], a[m].r[k], f[0], f[1]);
@@ -855,9 +851,10 @@ __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&
             }
         }
 }
-template <Layout lb, bool add, int kRows, int kP, int K, int NT, int M>
+template <Layout lb, int kRows, int kP, int K, int NT, int M>
 __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&a)[M], Tile<bf16, kRows, kP, 4> b,
-                               const bf16* tile, int row0) {
+                               const bf16* tile, bool add) {
+    const uint32_t start = b.start(tile);
     wgmma_begin();
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -867,7 +864,7 @@ __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&
             for (int k = 0; k < K / 16; ++k) {
                 const int at =
                     lb == Layout::plain ? t / 8 * b.panel + 16 * k * b.ld : k / 4 * b.panel + 8 * t * b.ld + k % 4 * 16;
-                wgmma<lb>(acc[m].v + t, a[m].r[k], b.describe(tile + row0 * b.ld, at), add || k > 0);
+                wgmma<lb>(acc[m].v + t, a[m].r[k], b.describe(start + at / 8), add || k > 0);
             }
     wgmma_commit();
 }
@@ -875,7 +872,8 @@ __device__ inline void product(Accumulator<NT> (&acc)[M], const Rows<bf16, K> (&
 // The block's own operand, a tile of N::own rows: of each warp 16 M rows, times others transposed: acc[m] = own[m] b^T.
 template <class N, class A, int kP, bool keep>
 struct Own {
-    using TileA = Tile<A, N::own, kP, N::team>;
+    static_assert(N::team == 1, "wgmma reads own rows from shared memory");
+    using TileA = Tile<A, N::own, kP, 1>;
     Rows<A, kP> rows[N::M];
     __device__ void load(const A* tile) {
 #pragma unroll
@@ -890,8 +888,8 @@ struct Own {
             load_matrices<false>(r.r[k], tile + TileA::at(row + lane_id() % 16, 16 * k + lane_id() / 16 * 8));
     }
     template <class B, int NT>
-    __device__ void times(Accumulator<NT> (&acc)[N::M], B b, const A* tile, int row0) const {
-        product<Layout::transposed, false>(acc, rows, b, tile, row0);
+    __device__ void times(Accumulator<NT> (&acc)[N::M], B b, const A* tile) const {
+        product<Layout::transposed>(acc, rows, b, tile, false);
     }
 };
 template <class N, int kP>
@@ -900,7 +898,7 @@ struct Own<N, bf16, kP, false> {
     const bf16* own;  // the team's first row
     __device__ void load(const bf16* tile) { own = tile + N::team_row() * TileA::ld; }
     template <int kRows, int NT>
-    __device__ void times(Accumulator<NT> (&acc)[N::M], Tile<bf16, kRows, kP, 1> b, const bf16* tile, int row0) const {
+    __device__ void times(Accumulator<NT> (&acc)[N::M], Tile<bf16, kRows, kP, 1> b, const bf16* tile) const {
 #pragma unroll
         for (int m = 0; m < N::M; ++m) acc[m].zero();
 #pragma unroll
@@ -912,7 +910,7 @@ struct Own<N, bf16, kP, false> {
 #pragma unroll
             for (int t = 0; t < NT; t += 2) {
                 uint32_t f[4];
-                load_right<Layout::transposed>(f, b, tile, row0, k, t);
+                load_right<Layout::transposed>(f, b, tile, k, t);
 #pragma unroll
                 for (int m = 0; m < N::M; ++m) {
                     mma16816(acc[m].v[t], a[m], f[0], f[1]);
@@ -922,7 +920,8 @@ struct Own<N, bf16, kP, false> {
         }
     }
     template <int kRows, int NT>
-    __device__ void times(Accumulator<NT> (&acc)[N::M], Tile<bf16, kRows, kP, 4> b, const bf16* tile, int row0) const {
+    __device__ void times(Accumulator<NT> (&acc)[N::M], Tile<bf16, kRows, kP, 4> b, const bf16* tile) const {
+        const uint32_t start_a = TileA::start(own), start_b = b.start(tile);
         wgmma_begin();
 #pragma unroll
         for (int m = 0; m < N::M; ++m)
@@ -931,44 +930,158 @@ struct Own<N, bf16, kP, false> {
 #pragma unroll
                 for (int k = 0; k < kP / 16; ++k)
                     wgmma<Layout::transposed>(
-                        acc[m].v + t, TileA::describe(own, k / 4 * TileA::panel + 64 * m * TileA::ld + k % 4 * 16),
-                        b.describe(tile + row0 * b.ld, k / 4 * b.panel + 8 * t * b.ld + k % 4 * 16), k > 0);
+                        acc[m].v + t,
+                        TileA::describe(start_a + (k / 4 * TileA::panel + 64 * m * TileA::ld + k % 4 * 16) / 8),
+                        b.describe(start_b + (k / 4 * b.panel + 8 * t * b.ld + k % 4 * 16) / 8), k > 0);
         wgmma_commit();
     }
 };
 
-// load_tile of section 2, with all that is known when compiling. Rows past `rows` and columns past P become zero.
-template <int threads, class A, int kRows, int kP, int team>
-__device__ inline void load_tile(Tile<A, kRows, kP, team> to, A* tile, const A* from, int64 ld, int rows, int64 P) {
-    constexpr int W = 16 / int(sizeof(A)), per_row = kP / W, step = threads / per_row;
-    static_assert(threads % per_row == 0 && (team == 1 || step % 8 == 0),
-                  "a thread copies the same place of every step-th row");
-    const bool aligned =
-        (uintptr_t(from) | uintptr_t(ld * int64(sizeof(A))) | uintptr_t(P * int64(sizeof(A)))) % 16 == 0;
-    if (!aligned) {
-        for (int i = int(threadIdx.x); i < kRows * kP; i += threads) {
-            const int r = i / kP, c = i % kP;
-            tile[to.at(r, c)] = r < rows && c < P ? from[r * ld + c] : from_float<A>(0.0f);
-        }
-        return;
-    }
-    const int r0 = int(threadIdx.x) / per_row, c = int(threadIdx.x) % per_row * W;
-    const uint32_t at = uint32_t(__cvta_generic_to_shared(tile + to.at(r0, c)));
-    const bool whole = kRows % step == 0 && rows >= kRows && P == kP;
-    const A* source = from + r0 * ld + c;
+// Left operands of zeros.
+template <class A, int K, int M>
+__device__ inline void nothing(Rows<A, K> (&rows)[M], A* patch) {
+    Accumulator<K / 8> zeros;
+    zeros.zero();
 #pragma unroll
-    for (int r = 0; r < kRows; r += step, source += step * ld) {
-        const uint32_t here = at + r * to.ld * int(sizeof(A));
-        if (whole) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(here), "l"(source) : "memory");
-        } else if (r + r0 < kRows) {
-            const bool inside = r + r0 < rows && c < P;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(here), "l"(inside ? source : from),
-                         "r"(inside ? 16 : 0)
-                         : "memory");
-        }
-    }
+    for (int m = 0; m < M; ++m) rows[m].take(zeros, patch);
 }
+
+// Where tiles come from: the rows of one head of one sequence. load() takes them from `row` on; rows past `end` and columns
+// past P become zero.
+struct Maps {  // the same in the words of the copy engine (make_map), for wgmma
+    CUtensorMap q, k, v, dy;
+};
+template <class A, int team>
+struct Source {
+    const A* from;
+    int64 ld, P;
+    bool aligned;
+    __device__ Source(const CUtensorMap&, const A* p, int64 ld_, int64 sequence, int64 b, int64 h, int64 P_)
+        : from(p + b * sequence + h * P_), ld(ld_), P(P_) {
+        constexpr int64 size = sizeof(A);
+        aligned = (uintptr_t(p) | uintptr_t(ld * size) | uintptr_t(sequence * size) | uintptr_t(P * size)) % 16 == 0;
+    }
+    template <int threads, int kRows, int kP>
+    __device__ void load(Tile<A, kRows, kP, team> to, A* tile, int row, int end, uint32_t) const {
+        constexpr int W = 16 / int(sizeof(A)), per_row = kP / W, step = threads / per_row;
+        static_assert(threads % per_row == 0, "a thread copies the same place of every step-th row");
+        const A* source = from + row * ld;
+        if (!aligned) {
+            for (int i = int(threadIdx.x); i < kRows * kP; i += threads) {
+                const int r = i / kP, c = i % kP;
+                tile[to.at(r, c)] = row + r < end && c < P ? source[r * ld + c] : from_float<A>(0.0f);
+            }
+            return;
+        }
+        const int r0 = int(threadIdx.x) / per_row, c = int(threadIdx.x) % per_row * W;
+        const int inside = c < P ? end - row - r0 : 0;
+        const uint32_t at = uint32_t(__cvta_generic_to_shared(tile + to.at(r0, c)));
+        source += r0 * ld + c;
+#pragma unroll
+        for (int r = 0; r < kRows; r += step, source += step * ld)
+            if (kRows % step == 0 || r + r0 < kRows)  // the last operand is how many bytes are read; zeros follow
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + r * to.ld * int(sizeof(A))),
+                             "l"(r < inside ? source : from), "r"(r < inside ? 16 : 0)
+                             : "memory");
+    }
+};
+template <>
+struct Source<bf16, 4> {
+    const CUtensorMap* map;
+    int b, h;
+    __device__ Source(const CUtensorMap& m, const bf16*, int64, int64, int64 b_, int64 h_, int64)
+        : map(&m), b(int(b_)), h(int(h_)) {}
+    template <int threads, int kRows, int kP>
+    __device__ void load(Tile<bf16, kRows, kP, 4> to, bf16* tile, int row, int, uint32_t barrier) const {
+#pragma unroll
+        for (int c = 0; c < kP; c += 64)
+            WGMMA(
+                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                             " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
+                                 uint32_t(__cvta_generic_to_shared(tile + c / 64 * to.panel))),
+                             "l"(map), "r"(c), "r"(h), "r"(row), "r"(b), "r"(barrier)
+                             : "memory"));
+    }
+};
+
+// The tiles of the other side pass through N::stages buffers, tile i through number i % stages. Warps do not wait for each
+// other at every step: two mbarriers tell when the tile is there ("filled") and when no warp needs it any more ("free");
+// they have completed i / stages times before. Step i begins to copy tile i + stages / 2 over tile i - stages / 2.
+template <class N>
+struct Ring {
+    uint32_t barriers;  // of each buffer "filled", then of each "free"
+    static constexpr int stages = N::stages, ahead = stages / 2, kBytes = 2 * stages * 8;
+    static constexpr bool engine = N::team == 4;  // warp i % 8 asks the copy engine for tile i, else all threads copy
+    static_assert(!engine || N::warps >= 8, "there are eight to ask in turn: it costs a hundred instructions");
+    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
+    static_assert(engine || stages == 4,
+                  "with four, a thread's copies have had a step's time when arrived() waits for all");
+    __device__ explicit Ring(void* memory) : barriers(uint32_t(__cvta_generic_to_shared(memory))) {
+        if (threadIdx.x < 2 * stages)
+            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + 8 * threadIdx.x),
+                         "r"(!engine                ? N::threads
+                             : threadIdx.x < stages ? 1
+                                                    : N::warps)
+                         : "memory");
+        if (engine) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
+        __syncthreads();
+    }
+    __device__ static int buffer(int i) { return i & (stages - 1); }
+    __device__ uint32_t filled(int i) const { return barriers + 8 * buffer(i); }
+    __device__ uint32_t free(int i) const { return barriers + 8 * (stages + buffer(i)); }
+    __device__ static void arrive(uint32_t barrier) {  // all threads, or one for its warp
+        __syncwarp();
+        if (!engine || lane_id() == 0)
+            asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(barrier) : "memory");
+    }
+    __device__ static void wait(uint32_t barrier, unsigned i) {
+        asm volatile(
+            "{.reg .pred p;\n"
+            "again: mbarrier." ATTENTION_WAIT
+            ".parity.shared.b64 p, [%0], %1;\n"
+            "@!p bra again;}" ::"r"(barrier),
+            "r"(i / stages & 1)
+            : "memory");
+    }
+    // load(barrier), which copies so many bytes for tile i.
+    template <class F>
+    __device__ void ask(int i, int bytes, const F& load) const {
+        if (engine) {
+            if (warp != (i & 7)) return;
+            uint32_t chosen = 0;  // one thread of the warp, and the compiler knows that it is one
+            WGMMA(asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(chosen)));
+            if (!chosen) return;
+            WGMMA(asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared.b64 s, [%0], %1;}" ::"r"(filled(i)),
+                               "r"(bytes)
+                               : "memory"));
+        }
+        load(filled(i));
+    }
+    // This thread's copies for tile i, and all before, are there.
+    __device__ void arrived(int i) const {
+        if (engine) return;
+        copies_done();
+        arrive(filled(i));
+    }
+    __device__ void wait_filled(int i) const { wait(filled(i), i); }
+    __device__ bool is_filled(unsigned i) const {  // asked a step before, as the answer takes its time
+        uint32_t yes;
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(yes)
+                     : "r"(filled(int(i))), "r"(i / stages & 1)
+                     : "memory");
+        return yes;
+    }
+    __device__ void release(int i) const { arrive(free(i)); }
+    // During step i of `all`: begin(i + ahead) as soon as it may. Before the first step come begin(0) to begin(ahead - 1).
+    template <class F>
+    __device__ void advance(int i, int all, const F& begin) const {
+        arrived(i + 1);
+        if (i + ahead >= all) return;
+        if (i >= ahead && (!engine || warp == ((i + ahead) & 7))) wait(free(i - ahead), i - ahead);
+        begin(i + ahead);
+    }
+};
 
 // Which tile of which (sequence, head) a block has. A few heads walk over all their tiles together, so that what their
 // blocks read stays in the L2 cache; the longest tiles come first.
@@ -983,37 +1096,81 @@ __device__ inline Work my_work(int64 heads, int64 tiles) {
     return {int(i / together), first + i % together};
 }
 
+// Of a tile of scores of the team's rows those that causality hides: where the column, plus `ahead`, exceeds the row (or,
+// `keys`: the row, plus `ahead`, the column).
+template <class N, bool keys, int NT>
+__device__ inline void hide(Accumulator<NT> (&score)[N::M], int ahead) {
+    if (ahead + (keys ? N::team_rows : 8 * NT) <= 1) return;  // nothing
+#pragma unroll
+    for (int m = 0; m < N::M; ++m)
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int row = N::my_row(m) + acc_row() + j / 2 * 8, column = 8 * t + acc_col() + j % 2;
+                if (keys ? ahead + row > column : ahead + column > row) score[m].v[t][j] = -INFINITY;
+            }
+}
+// The block's result, `rows` rows of P numbers, ld apart, times `scale`.
+template <class N, class A, int NT>
+__device__ inline void store_rows(A* to, int64 ld, const Accumulator<NT> (&acc)[N::M], float scale, int rows, int64 P) {
+#pragma unroll
+    for (int m = 0; m < N::M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int r = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
+            if (r >= rows) continue;
+#pragma unroll
+            for (int c = 0; c < NT; ++c)
+                if (8 * c + acc_col() < P)
+                    store2(to + r * ld + 8 * c + acc_col(), acc[m].v[c][2 * half] * scale,
+                           acc[m].v[c][2 * half + 1] * scale);
+        }
+}
+
 // ---- 6b  Forward -----------------------------------------------------------------------------------------------------
-// One block per tile of queries of one (sequence, head). Shared: own q; tiles of k and v twice. Online softmax in powers
+// One block per tile of queries of one (sequence, head). Shared: own q; tiles of k and v. Online softmax in powers
 // of 2: scores are multiplied by log2(e) / sqrt(P), and every power is taken relative to `top`, one number per row. It
 // need not be the largest score: only if a score exceeds it by more than 8 is it raised to the largest so far, and what
 // was summed before scaled down. Until then sums grow by 2^8 at most, which costs no accuracy.
+//
+// Step i issues its scores and then p v of step i - 1, which goes on beside the exponentials of step i. p v of step -1, with
+// p = 0, is how `out` begins; that of the last step comes after the loop.
 template <class A, int kP, class N>
 __global__ void __launch_bounds__(N::threads, N::blocks)
-    attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, AttentionShape n, Position before,
-                             float scale) {
+    attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, const __grid_constant__ Maps maps,
+                             AttentionShape n, Position before, float scale) {
     constexpr int M = N::M, kStep = N::step;
     using TileQ = Tile<A, N::own, kP, N::team>;
-    using TileK = Tile<A, N::tile, kP, N::team>;
+    using TileK = Tile<A, kStep, kP, N::team>;
     extern __shared__ __align__(1024) unsigned char attention_memory[];
     A* tile_q = reinterpret_cast<A*>(attention_memory);
-    A* tiles_kv = tile_q + TileQ::size;  // k, v, k, v
-    A* patch = tiles_kv + 4 * TileK::size + int(threadIdx.x) / 32 * kPatch<A>;
+    A* tiles_kv = tile_q + TileQ::size;  // k, v, k, v, ...
+    A* patches = tiles_kv + 2 * N::stages * TileK::size;
+    A* patch = patches + int(threadIdx.x) / 32 * kPatch<A>;
+    const Ring<N> ring(patches + N::warps * kPatch<A>);
     const int64 tiles = (n.T + N::own - 1) / N::own;
     const Work work = my_work(n.B * n.H, tiles);
     const int64 b = work.head / n.H, h = work.head % n.H, t0 = (tiles - 1 - work.tile) * N::own, row0 = b * n.T + t0;
     const int rows = int(min(int64(N::own), n.T - t0)), first_position = int(before.get() + t0),
-              keys = first_position + rows;
-    const int64 kv0 = b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
-    const auto load_keys = [&](int s0) {  // the tile that begins at key s0
-        const int count = min(N::tile, keys - s0);
-        A* to = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
-        load_tile<N::threads>(TileK(), to, k + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
-        load_tile<N::threads>(TileK(), to + TileK::size, v + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
+              keys = first_position + rows, steps = (keys + kStep - 1) / kStep;
+    const int64 hkv = h / (n.H / n.Hkv);
+    const Source<A, N::team> source_q(maps.q, q, n.ld_q, n.T * n.ld_q, b, h, n.P),
+        source_k(maps.k, k, n.ld_kv, n.seq_kv, b, hkv, n.P), source_v(maps.v, v, n.ld_kv, n.seq_kv, b, hkv, n.P);
+    const auto tile_k = [&](int i) { return tiles_kv + Ring<N>::buffer(i) * 2 * TileK::size; };
+    const auto load_keys = [&](int i, uint32_t barrier) {
+        source_k.template load<N::threads>(TileK(), tile_k(i), i * kStep, keys, barrier);
+        source_v.template load<N::threads>(TileK(), tile_k(i) + TileK::size, i * kStep, keys, barrier);
     };
-    load_tile<N::threads>(TileQ(), tile_q, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, n.P);
-    load_keys(0);
-    tiles_arrived<N::team>();
+    constexpr int kBytes = 2 * TileK::size * int(sizeof(A)), kOwnBytes = TileQ::size * int(sizeof(A));
+    const auto begin = [&](int i) { ring.ask(i, kBytes, [&](uint32_t barrier) { load_keys(i, barrier); }); };
+    ring.ask(0, kOwnBytes + kBytes, [&](uint32_t barrier) {
+        source_q.template load<N::threads>(TileQ(), tile_q, int(t0), int(n.T), barrier);
+        load_keys(0, barrier);
+    });
+    for (int i = 1; i < min(ring.ahead, steps); ++i) begin(i);
+    ring.arrived(0);
+    ring.wait_filled(0);
     Own<N, A, kP, N::keep> own_q;
     own_q.load(tile_q);
     const float log2_scale = scale * kLog2e;
@@ -1023,87 +1180,79 @@ __global__ void __launch_bounds__(N::threads, N::blocks)
     float top[M][2], z[M][2];  // of rows acc_row() and acc_row() + 8; z: this thread's share of the row's sum
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-        out[m].zero();
         top[m][0] = top[m][1] = -INFINITY;
         z[m][0] = z[m][1] = 0;
     }
-    for (int s0 = 0; s0 < keys; s0 += N::tile) {
-        tiles_arrived<N::team>();  // this tile's copies are there, and all have read the one before:
-        if (s0 + N::tile < keys) load_keys(s0 + N::tile);  // the next may take its place
-        const A* tile_k = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
+    Rows<A, kStep> p[M];
+    nothing(p, patch);
+    const A* last_v = tile_k(0) + TileK::size;
+    bool there = true;
 #pragma unroll 1
-        for (int j = 0; j < N::tile; j += kStep) {
-            const int ahead = s0 + j - team_position;  // query i of the team sees keys up to i - ahead of this step
-            if (ahead >= N::team_rows) break;
-            Accumulator<kStep / 8> score[M];
-            own_q.times(score, TileK(), tile_k, j);
-            products_wait<N::team, 0>(score);
-            if (ahead + kStep > 1)  // else the first query sees all of it
+    for (int i = 0; i < steps; ++i) {
+        Accumulator<kStep / 8> score[M];
+        if (!there) ring.wait_filled(i);
+        own_q.times(score, TileK(), tile_k(i));
+        product<Layout::plain>(out, p, TileK(), last_v, i > 0);
+        last_v = tile_k(i) + TileK::size;
+        ring.advance(i, steps, begin);
+        there = ring.is_filled(i + 1);
+        products_wait<N::team, 1>(score);
+        const int ahead = i * kStep - team_position;  // query r of the team sees keys up to r - ahead of this step
+        hide<N, false>(score, ahead);
+        float shrink[M][2];
+        bool grows = false;
 #pragma unroll
-                for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-                    for (int t = 0; t < kStep / 8; ++t)
+            for (int half = 0; half < 2; ++half) {
+                float x = -INFINITY;
 #pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            if (ahead + 8 * t + acc_col() + i % 2 > N::my_row(m) + acc_row() + i / 2 * 8)
-                                score[m].v[t][i] = -INFINITY;
-            float largest[M][2];
-            bool grows = false;
+                for (int t = 0; t < kStep / 8; ++t)
+                    x = fmaxf(x, fmaxf(score[m].v[t][2 * half], score[m].v[t][2 * half + 1]));
+                shrink[m][half] = quad_max(x) * log2_scale;
+                grows |= shrink[m][half] > top[m][half] + 8;
+            }
+        grows = __any_sync(~0u, grows);
+        if (grows)  // at the first step: it has key 0, which all see, so that top is finite from there on
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    float x = -INFINITY;
-#pragma unroll
-                    for (int t = 0; t < kStep / 8; ++t)
-                        x = fmaxf(x, fmaxf(score[m].v[t][2 * half], score[m].v[t][2 * half + 1]));
-                    largest[m][half] = quad_max(x) * log2_scale;
-                    grows |= largest[m][half] > top[m][half] + 8;
+                    const float x = fmaxf(top[m][half], shrink[m][half]);
+                    shrink[m][half] = exp2_fast(top[m][half] - x);
+                    top[m][half] = x;
+                    z[m][half] *= shrink[m][half];
                 }
-            if (__any_sync(
-                    ~0u, grows))  // at the first tile: it has key 0, which all see, so that top is finite from there on
 #pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    float shrink[2];
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const float x = fmaxf(top[m][half], largest[m][half]);
-                        shrink[half] = exp2_fast(top[m][half] - x);
-                        top[m][half] = x;
-                        z[m][half] *= shrink[half];
-                    }
-                    out[m].scale_rows(shrink[0], shrink[1]);
+            for (int t = 0; t < kStep / 8; ++t)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    score[m].v[t][j] = exp2_fast(score[m].v[t][j] * log2_scale - top[m][j / 2]);
+                    z[m][j / 2] += score[m].v[t][j];
                 }
-            Rows<A, kStep> p[M];
+        products_wait<N::team, 0>(score, out);
+        if (i > 0) ring.release(i - 1);
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int t = 0; t < kStep / 8; ++t)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        score[m].v[t][i] = exp2_fast(score[m].v[t][i] * log2_scale - top[m][i / 2]);
-                        z[m][i / 2] += score[m].v[t][i];
-                    }
-                p[m].take(score[m], patch);
-            }
-            product<Layout::plain, true>(out, p, TileK(), tile_k + TileK::size, j);
-            products_wait<N::team, 0>(out);
+        for (int m = 0; m < M; ++m) {
+            if (grows) out[m].scale_rows(shrink[m][0], shrink[m][1]);
+            p[m].take(score[m], patch);
         }
     }
+    product<Layout::plain>(out, p, TileK(), last_v, true);
+    products_wait<N::team, 0>(out);
 #pragma unroll
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m) {
+        const float total[2] = {quad_sum(z[m][0]), quad_sum(z[m][1])};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float total = quad_sum(z[m][half]), inverse = 1 / total;
             const int t = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
-            if (t >= rows) continue;
-            if (lane_id() % 4 == 0) lse[(row0 + t) * n.H + h] = top[m][half] * kLn2 + logf(total);
-#pragma unroll
-            for (int c = 0; c < kP / 8; ++c)
-                if (8 * c + acc_col() < n.P)
-                    store2(y + ((row0 + t) * n.H + h) * n.P + 8 * c + acc_col(), out[m].v[c][2 * half] * inverse,
-                           out[m].v[c][2 * half + 1] * inverse);
+            if (t < rows && lane_id() % 4 == 0) lse[(row0 + t) * n.H + h] = top[m][half] * kLn2 + logf(total[half]);
         }
+        out[m].scale_rows(1 / total[0], 1 / total[1]);
+    }
+    store_rows<N>(y + (row0 * n.H + h) * n.P, n.H * n.P, out, 1, rows, n.P);
 }
 
 // ---- 6c  Backward ----------------------------------------------------------------------------------------------------
@@ -1113,183 +1262,211 @@ __global__ void __launch_bounds__(N::threads, N::blocks)
 // p and dp again, 7 products in place of 5. The alternative, dq's share of every tile of keys written to memory and
 // added up in order, moves T/128 times dq's size in fp32.
 
-// stats (B,H,T): log2(e) lse and dy_t . y_t. Eight threads share a row.
+// stats (2,B,H,T padded with zeros): log2(e) lse and dy_t . y_t. Eight threads share a row.
+static constexpr int kStatsPad = 128;
+__host__ __device__ inline int64 padded_stats(int64 T) { return (T + kStatsPad - 1) / kStatsPad * kStatsPad; }
 template <class A, int W>
-__global__ void attention_dot_kernel(float2* stats, const A* dy, const A* y, const float* lse, AttentionShape n) {
-    const int64 i = int64(blockIdx.x) * (blockDim.x / 8) + threadIdx.x / 8;  // of a row of y (B,T,H,P)
+__global__ void attention_dot_kernel(float* stats, const A* dy, const A* y, const float* lse, AttentionShape n) {
+    const int64 i = int64(blockIdx.x) * (blockDim.x / 8) + threadIdx.x / 8, padded = padded_stats(n.T);
+    const int64 h = i % n.H, t = i / n.H % padded, b = i / n.H / padded, row = (b * n.T + t) * n.H + h;  // of y
+    const bool inside = b < n.B && t < n.T;
     float s = 0;
-    if (i < n.B * n.T * n.H)
+    if (inside)
         for (int64 p = threadIdx.x % 8 * W; p < n.P; p += 8 * W) {
-            float a[W], b[W];
-            load<W>(a, dy + i * n.P + p);
-            load<W>(b, y + i * n.P + p);
+            float a[W], c[W];
+            load<W>(a, dy + row * n.P + p);
+            load<W>(c, y + row * n.P + p);
 #pragma unroll
-            for (int j = 0; j < W; ++j) s += a[j] * b[j];
+            for (int j = 0; j < W; ++j) s += a[j] * c[j];
         }
     s = quad_sum(s);
     s += __shfl_xor_sync(~0u, s, 4);
-    if (threadIdx.x % 8 > 0 || i >= n.B * n.T * n.H) return;
-    const int64 h = i % n.H, t = i / n.H % n.T, b = i / n.H / n.T;
-    stats[(b * n.H + h) * n.T + t] = {lse[i] * kLog2e, s};
+    if (threadIdx.x % 8 > 0 || b >= n.B) return;
+    float* to = stats + (b * n.H + h) * padded + t;
+    to[0] = inside ? lse[row] * kLog2e : 0;
+    to[n.B * n.H * padded] = s;
 }
 
 // One block per tile of keys of one (sequence, key/value head); it walks over the heads of the group and the queries
 // from the diagonal on. Rows of the accumulators are keys, columns are queries. Shared: own k and v; tiles of q, dy and
-// stats twice. Queries past the end are zeros, dy included, and add nothing.
+// stats. Queries past the end are zeros, dy included, and add nothing. Step i issues, one after the other,
+//     p = k q^T,   dp = v dy^T,   dv += p dy and dk += dz q of step i - 1
+// and makes p and dz = p (dp - dy.y) while the last two go on. p and dz of step -1 are zero, as in the forward.
 template <class A, int kP, class N>
 __global__ void __launch_bounds__(N::threads, N::blocks)
-    attention_backward_kv_kernel(A* dk, A* dv, const A* dy, const A* q, const A* k, const A* v, const float2* stats,
-                                 AttentionShape n, float scale) {
+    attention_backward_kv_kernel(A* dk, A* dv, const A* dy, const A* q, const A* k, const A* v,
+                                 const __grid_constant__ Maps maps, const float* stats, AttentionShape n, float scale) {
     constexpr int M = N::M, kStep = N::step;
-    using TileQ = Tile<A, N::tile, kP, N::team>;
+    using TileQ = Tile<A, kStep, kP, N::team>;
     using TileK = Tile<A, N::own, kP, N::team>;
     extern __shared__ __align__(1024) unsigned char attention_memory[];
     A* tile_k = reinterpret_cast<A*>(attention_memory);
     A* tile_v = tile_k + TileK::size;
-    A* tiles_q = tile_v + TileK::size;  // q, dy, q, dy
-    float2* tiles_stats = reinterpret_cast<float2*>(tiles_q + 4 * TileQ::size);
-    A* patch = reinterpret_cast<A*>(tiles_stats + 2 * N::tile) + int(threadIdx.x) / 32 * kPatch<A>;
+    A* tiles_q = tile_v + TileK::size;                                                     // q, dy, q, dy, ...
+    float* tiles_stats = reinterpret_cast<float*>(tiles_q + 2 * N::stages * TileQ::size);  // log-sum-exp, dy . y, ...
+    A* patches = reinterpret_cast<A*>(tiles_stats + 2 * N::stages * kStep);
+    A* patch = patches + int(threadIdx.x) / 32 * kPatch<A>;
+    const Ring<N> ring(patches + N::warps * kPatch<A>);
     const Work work = my_work(n.B * n.Hkv, (n.S + N::own - 1) / N::own);
     const int64 b = work.head / n.Hkv, hkv = work.head % n.Hkv, group = n.H / n.Hkv;
     const int s0 = work.tile * N::own, count = int(min(int64(N::own), n.S - s0)), T = int(n.T), before = int(n.S - n.T);
     const int64 kv0 = b * n.seq_kv + s0 * n.ld_kv + hkv * n.P;
-    load_tile<N::threads>(TileK(), tile_k, k + kv0, n.ld_kv, count, n.P);
-    load_tile<N::threads>(TileK(), tile_v, v + kv0, n.ld_kv, count, n.P);
-    const int diagonal = max(0, s0 - before) / N::tile * N::tile;  // the first tile of queries that see s0
-    const int rounds = max(0, (T - diagonal + N::tile - 1) / N::tile), all = rounds * int(group);
-    const auto load_queries = [&](int round) {
-        const int64 h = hkv * group + round / rounds;
-        const int t0 = diagonal + round % rounds * N::tile, rows = min(N::tile, T - t0);
-        const int64 row0 = b * n.T + t0;
-        A* to = tiles_q + round % 2 * 2 * TileQ::size;
-        load_tile<N::threads>(TileQ(), to, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, n.P);
-        load_tile<N::threads>(TileQ(), to + TileQ::size, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, n.P);
-        const float2* from = stats + (b * n.H + h) * n.T + t0;
-        for (int t = int(threadIdx.x); t < N::tile; t += N::threads) {
-            const uint32_t at = uint32_t(__cvta_generic_to_shared(tiles_stats + round % 2 * N::tile + t));
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(at), "l"(from + (t < rows ? t : 0)),
-                         "r"(t < rows ? 8 : 0)
-                         : "memory");
-        }
+    const int first = max(0, s0 - before) / kStep * kStep;           // queries that see s0 are in this step and after
+    const int steps = (T - first + kStep - 1) / kStep * int(group);  // at least one, as the last query sees all keys
+    const auto tile_q = [&](int i) { return tiles_q + Ring<N>::buffer(i) * 2 * TileQ::size; };
+    const auto tile_stats = [&](int i) { return tiles_stats + Ring<N>::buffer(i) * 2 * kStep; };
+    const auto next = [&](int& t) { t = t + kStep < T ? t + kStep : first; };
+    const Source<A, N::team> source_k(maps.k, k, n.ld_kv, n.seq_kv, b, hkv, n.P),
+        source_v(maps.v, v, n.ld_kv, n.seq_kv, b, hkv, n.P);
+    int load_h = int(hkv * group);  // what is copied next
+    int load_t = first;
+    const auto load_queries = [&](int i, uint32_t barrier) {
+        const Source<A, N::team> source_q(maps.q, q, n.ld_q, n.T * n.ld_q, b, load_h, n.P),
+            source_dy(maps.dy, dy, n.H * n.P, n.T * n.H * n.P, b, load_h, n.P);
+        source_q.template load<N::threads>(TileQ(), tile_q(i), load_t, T, barrier);
+        source_dy.template load<N::threads>(TileQ(), tile_q(i) + TileQ::size, load_t, T, barrier);
+        const float* from = stats + (b * n.H + load_h) * padded_stats(n.T) + load_t;
+        const uint32_t at = uint32_t(__cvta_generic_to_shared(tile_stats(i)));
+#pragma unroll
+        for (int part = 0; part < 2; ++part, from += n.B * n.H * padded_stats(n.T))
+            if (Ring<N>::engine)
+                WGMMA(
+                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                                 " [%0], [%1], %2, [%3];" ::"r"(at + part * kStep * 4),
+                                 "l"(from), "r"(kStep * 4), "r"(barrier)
+                                 : "memory"));
+            else if (threadIdx.x < kStep / 4)
+                asm volatile(
+                    "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + part * kStep * 4 + 16 * threadIdx.x),
+                    "l"(from + 4 * threadIdx.x)
+                    : "memory");
     };
-    if (all > 0) load_queries(0);
-    tiles_arrived<N::team>();
+    constexpr int kBytes = 2 * TileQ::size * int(sizeof(A)) + kStep * 8, kOwnBytes = 2 * TileK::size * int(sizeof(A));
+    const auto move_on = [&] {  // in all threads, so that the compiler knows that all have the same
+        next(load_t);
+        load_h += load_t == first;
+    };
+    const auto begin = [&](int i) {
+        ring.ask(i, kBytes, [&](uint32_t barrier) { load_queries(i, barrier); });
+        move_on();
+    };
+    static_assert(kStep / 4 <= N::threads && kStatsPad % kStep == 0, "a thread copies four, and all are there");
+    ring.ask(0, kOwnBytes + kBytes, [&](uint32_t barrier) {
+        source_k.template load<N::threads>(TileK(), tile_k, s0, int(n.S), barrier);
+        source_v.template load<N::threads>(TileK(), tile_v, s0, int(n.S), barrier);
+        load_queries(0, barrier);
+    });
+    move_on();
+    for (int i = 1; i < min(ring.ahead, steps); ++i) begin(i);
+    ring.arrived(0);
+    ring.wait_filled(0);
     Own<N, A, kP, N::keep> own_k, own_v;
     own_k.load(tile_k);
     own_v.load(tile_v);
     const float log2_scale = scale * kLog2e;
+    const int team_position = s0 + N::team_row();
 
     Accumulator<kP / 8> acc_dk[M], acc_dv[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-        acc_dk[m].zero();
-        acc_dv[m].zero();
-    }
-    for (int round = 0; round < all; ++round) {
-        tiles_arrived<N::team>();  // as in the forward
-        if (round + 1 < all) load_queries(round + 1);
-        const int t0 = diagonal + round % rounds * N::tile;
-        const A* tile_q = tiles_q + round % 2 * 2 * TileQ::size;
-        const A* tile_dy = tile_q + TileQ::size;
+    Rows<A, kStep> operand_p[M], operand_dz[M];
+    A* patch_dz = patch + kPatch<A> / 2;
+    static_assert(kPatch<A> == 0 || 2 * 16 * (kStep + kTilePad<A>) <= kPatch<A>, "a patch holds two operands");
+    nothing(operand_p, patch);
+    nothing(operand_dz, patch_dz);
+    const A* last_q = tile_q(0);
+    bool there = true;
 #pragma unroll 1
-        for (int j = 0; j < N::tile; j += kStep) {
-            const int ahead =
-                s0 + N::team_row() - (before + t0 + j);  // key i of the team is seen by queries i + ahead on
-            if (ahead >= kStep) continue;
-            const float* stat = reinterpret_cast<const float*>(tiles_stats + round % 2 * N::tile + j + acc_col());
-            Accumulator<kStep / 8> p[M], dz[M];
-            own_k.times(p, TileQ(), tile_q, j);
-            own_v.times(dz, TileQ(), tile_dy, j);
-            products_wait<N::team, 1>(p);
+    for (int i = 0, t0 = first; i < steps; ++i, next(t0)) {
+        Accumulator<kStep / 8> p[M], dz[M];
+        if (!there) ring.wait_filled(i);
+        const float* stat = tile_stats(i) + acc_col();
+        float2 lse[kStep / 8], dot[kStep / 8];  // of two queries; read long before they are needed
 #pragma unroll
-            for (int m = 0; m < M; ++m)
+        for (int c = 0; c < kStep / 8; ++c) lse[c] = *reinterpret_cast<const float2*>(stat + 8 * c);
+        own_k.times(p, TileQ(), tile_q(i));
+        own_v.times(dz, TileQ(), tile_q(i) + TileQ::size);
+        product<Layout::plain>(acc_dv, operand_p, TileQ(), last_q + TileQ::size, i > 0);
+        product<Layout::plain>(acc_dk, operand_dz, TileQ(), last_q, i > 0);
+        last_q = tile_q(i);
+        ring.advance(i, steps, begin);
+        there = ring.is_filled(i + 1);
+        const int ahead = team_position - (before + t0);  // key r of the team is seen by queries r + ahead on
+        products_wait<N::team, 2>(p, dz);
 #pragma unroll
-                for (int c = 0; c < kStep / 8; ++c)
+        for (int c = 0; c < kStep / 8; ++c) dot[c] = *reinterpret_cast<const float2*>(stat + kStep + 8 * c);
+        hide<N, true>(p, ahead);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        p[m].v[c][i] = exp2_fast(p[m].v[c][i] * log2_scale - stat[16 * c + i % 2 * 2]);
-            if (ahead + N::team_rows > 1)  // else the first query sees all of the team's keys
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-                for (int m = 0; m < M; ++m)
+            for (int c = 0; c < kStep / 8; ++c)
 #pragma unroll
-                    for (int c = 0; c < kStep / 8; ++c)
+                for (int j = 0; j < 4; ++j) {
+                    p[m].v[c][j] = exp2_fast(p[m].v[c][j] * log2_scale - (j % 2 ? lse[c].y : lse[c].x));
+                    dz[m].v[c][j] = p[m].v[c][j] * (dz[m].v[c][j] - (j % 2 ? dot[c].y : dot[c].x));
+                }
+        products_wait<N::team, 0>(p, dz, acc_dv, acc_dk);
+        if (i > 0) ring.release(i - 1);
 #pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            if (ahead + N::my_row(m) + acc_row() + i / 2 * 8 > 8 * c + acc_col() + i % 2)
-                                p[m].v[c][i] = 0;
-            Rows<A, kStep> operand_p[M], operand_dz[M];
-#pragma unroll
-            for (int m = 0; m < M; ++m) operand_p[m].take(p[m], patch);
-            product<Layout::plain, true>(acc_dv, operand_p, TileQ(), tile_dy, j);
-            products_wait<N::team, 1>(dz);
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int c = 0; c < kStep / 8; ++c)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        dz[m].v[c][i] = p[m].v[c][i] * (dz[m].v[c][i] - stat[16 * c + i % 2 * 2 + 1]);
-                operand_dz[m].take(dz[m], patch);
-            }
-            product<Layout::plain, true>(acc_dk, operand_dz, TileQ(), tile_q, j);
-            products_wait<N::team, 0>(acc_dv);
-            products_wait<N::team, 0>(acc_dk);
+        for (int m = 0; m < M; ++m) {
+            operand_p[m].take(p[m], patch);
+            operand_dz[m].take(dz[m], patch_dz);
         }
     }
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int s = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
-            if (s >= count) continue;
-#pragma unroll
-            for (int c = 0; c < kP / 8; ++c)
-                if (8 * c + acc_col() < n.P) {
-                    const int64 at = kv0 + s * n.ld_kv + 8 * c + acc_col();
-                    store2(dk + at, acc_dk[m].v[c][2 * half] * scale, acc_dk[m].v[c][2 * half + 1] * scale);
-                    store2(dv + at, acc_dv[m].v[c][2 * half], acc_dv[m].v[c][2 * half + 1]);
-                }
-        }
+    product<Layout::plain>(acc_dv, operand_p, TileQ(), last_q + TileQ::size, true);
+    product<Layout::plain>(acc_dk, operand_dz, TileQ(), last_q, true);
+    products_wait<N::team, 0>(acc_dv, acc_dk);
+    store_rows<N>(dk + kv0, n.ld_kv, acc_dk, scale, count, n.P);
+    store_rows<N>(dv + kv0, n.ld_kv, acc_dv, 1, count, n.P);
 }
 
-// One block per tile of queries of one (sequence, head), as in the forward. Shared: own q and dy; tiles of k and v
-// twice.
+// One block per tile of queries of one (sequence, head), as in the forward. Shared: own q and dy; tiles of k and v.
 template <class A, int kP, class N>
 __global__ void __launch_bounds__(N::threads, N::blocks)
-    attention_backward_q_kernel(A* dq, const A* dy, const A* q, const A* k, const A* v, const float2* stats,
-                                AttentionShape n, float scale) {
+    attention_backward_q_kernel(A* dq, const A* dy, const A* q, const A* k, const A* v,
+                                const __grid_constant__ Maps maps, const float* stats, AttentionShape n, float scale) {
     constexpr int M = N::M, kStep = N::step;
     using TileQ = Tile<A, N::own, kP, N::team>;
-    using TileK = Tile<A, N::tile, kP, N::team>;
+    using TileK = Tile<A, kStep, kP, N::team>;
     extern __shared__ __align__(1024) unsigned char attention_memory[];
     A* tile_q = reinterpret_cast<A*>(attention_memory);
     A* tile_dy = tile_q + TileQ::size;
-    A* tiles_kv = tile_dy + TileQ::size;  // k, v, k, v
-    A* patch = tiles_kv + 4 * TileK::size + int(threadIdx.x) / 32 * kPatch<A>;
+    A* tiles_kv = tile_dy + TileQ::size;  // k, v, k, v, ...
+    A* patches = tiles_kv + 2 * N::stages * TileK::size;
+    A* patch = patches + int(threadIdx.x) / 32 * kPatch<A>;
+    const Ring<N> ring(patches + N::warps * kPatch<A>);
     const int64 tiles = (n.T + N::own - 1) / N::own;
     const Work work = my_work(n.B * n.H, tiles);
     const int64 b = work.head / n.H, h = work.head % n.H, t0 = (tiles - 1 - work.tile) * N::own, row0 = b * n.T + t0;
     const int rows = int(min(int64(N::own), n.T - t0)), first_position = int(n.S - n.T + t0),
-              keys = first_position + rows;
-    const int64 kv0 = b * n.seq_kv + h / (n.H / n.Hkv) * n.P;
-    const auto load_keys = [&](int s0) {
-        const int count = min(N::tile, keys - s0);
-        A* to = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
-        load_tile<N::threads>(TileK(), to, k + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
-        load_tile<N::threads>(TileK(), to + TileK::size, v + kv0 + s0 * n.ld_kv, n.ld_kv, count, n.P);
+              keys = first_position + rows, steps = (keys + kStep - 1) / kStep;
+    const int64 hkv = h / (n.H / n.Hkv);
+    const Source<A, N::team> source_q(maps.q, q, n.ld_q, n.T * n.ld_q, b, h, n.P),
+        source_dy(maps.dy, dy, n.H * n.P, n.T * n.H * n.P, b, h, n.P),
+        source_k(maps.k, k, n.ld_kv, n.seq_kv, b, hkv, n.P), source_v(maps.v, v, n.ld_kv, n.seq_kv, b, hkv, n.P);
+    const auto tile_k = [&](int i) { return tiles_kv + Ring<N>::buffer(i) * 2 * TileK::size; };
+    const auto load_keys = [&](int i, uint32_t barrier) {
+        source_k.template load<N::threads>(TileK(), tile_k(i), i * kStep, keys, barrier);
+        source_v.template load<N::threads>(TileK(), tile_k(i) + TileK::size, i * kStep, keys, barrier);
     };
-    load_tile<N::threads>(TileQ(), tile_q, q + row0 * n.ld_q + h * n.P, n.ld_q, rows, n.P);
-    load_tile<N::threads>(TileQ(), tile_dy, dy + (row0 * n.H + h) * n.P, n.H * n.P, rows, n.P);
-    load_keys(0);
+    constexpr int kBytes = 2 * TileK::size * int(sizeof(A)), kOwnBytes = 2 * TileQ::size * int(sizeof(A));
+    const auto begin = [&](int i) { ring.ask(i, kBytes, [&](uint32_t barrier) { load_keys(i, barrier); }); };
+    ring.ask(0, kOwnBytes + kBytes, [&](uint32_t barrier) {
+        source_q.template load<N::threads>(TileQ(), tile_q, int(t0), int(n.T), barrier);
+        source_dy.template load<N::threads>(TileQ(), tile_dy, int(t0), int(n.T), barrier);
+        load_keys(0, barrier);
+    });
+    for (int i = 1; i < min(ring.ahead, steps); ++i) begin(i);
     float2 stat[M][2];  // of rows acc_row() and acc_row() + 8; past the end: p = 2^-inf = 0
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int t = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
-            stat[m][half] = t < rows ? stats[work.head * n.T + t0 + t] : make_float2(INFINITY, 0);
+            const float* from = stats + work.head * padded_stats(n.T) + t0 + t;
+            stat[m][half] =
+                t < rows ? make_float2(from[0], from[n.B * n.H * padded_stats(n.T)]) : make_float2(INFINITY, 0);
         }
-    tiles_arrived<N::team>();
+    ring.arrived(0);
+    ring.wait_filled(0);
     Own<N, A, kP, N::keep> own_q, own_dy;
     own_q.load(tile_q);
     own_dy.load(tile_dy);
@@ -1297,61 +1474,39 @@ __global__ void __launch_bounds__(N::threads, N::blocks)
     const int team_position = first_position + N::team_row();
 
     Accumulator<kP / 8> out[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) out[m].zero();
-    for (int s0 = 0; s0 < keys; s0 += N::tile) {
-        tiles_arrived<N::team>();  // as in the forward
-        if (s0 + N::tile < keys) load_keys(s0 + N::tile);
-        const A* tile_k = tiles_kv + s0 / N::tile % 2 * 2 * TileK::size;
+    Rows<A, kStep> operand[M];
+    nothing(operand, patch);
+    const A* last_k = tile_k(0);
+    bool there = true;
 #pragma unroll 1
-        for (int j = 0; j < N::tile; j += kStep) {
-            const int ahead = s0 + j - team_position;
-            if (ahead >= N::team_rows) break;
-            Accumulator<kStep / 8> p[M], dz[M];
-            own_q.times(p, TileK(), tile_k, j);
-            own_dy.times(dz, TileK(), tile_k + TileK::size, j);
-            products_wait<N::team, 1>(p);
+    for (int i = 0; i < steps; ++i) {
+        Accumulator<kStep / 8> p[M], dz[M];
+        if (!there) ring.wait_filled(i);
+        own_q.times(p, TileK(), tile_k(i));
+        own_dy.times(dz, TileK(), tile_k(i) + TileK::size);
+        product<Layout::plain>(out, operand, TileK(), last_k, i > 0);
+        last_k = tile_k(i);
+        ring.advance(i, steps, begin);
+        there = ring.is_filled(i + 1);
+        const int ahead = i * kStep - team_position;
+        products_wait<N::team, 1>(p, dz);
+        hide<N, false>(p, ahead);
 #pragma unroll
-            for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-                for (int c = 0; c < kStep / 8; ++c)
+            for (int c = 0; c < kStep / 8; ++c)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) p[m].v[c][i] = exp2_fast(p[m].v[c][i] * log2_scale - stat[m][i / 2].x);
-            if (ahead + kStep > 1)
+                for (int j = 0; j < 4; ++j)
+                    dz[m].v[c][j] =
+                        exp2_fast(p[m].v[c][j] * log2_scale - stat[m][j / 2].x) * (dz[m].v[c][j] - stat[m][j / 2].y);
+        products_wait<N::team, 0>(dz, out);
+        if (i > 0) ring.release(i - 1);
 #pragma unroll
-                for (int m = 0; m < M; ++m)
-#pragma unroll
-                    for (int c = 0; c < kStep / 8; ++c)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            if (ahead + 8 * c + acc_col() + i % 2 > N::my_row(m) + acc_row() + i / 2 * 8)
-                                p[m].v[c][i] = 0;
-            products_wait<N::team, 0>(dz);
-            Rows<A, kStep> operand[M];
-#pragma unroll
-            for (int m = 0; m < M; ++m) {
-#pragma unroll
-                for (int c = 0; c < kStep / 8; ++c)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) dz[m].v[c][i] = p[m].v[c][i] * (dz[m].v[c][i] - stat[m][i / 2].y);
-                operand[m].take(dz[m], patch);
-            }
-            product<Layout::plain, true>(out, operand, TileK(), tile_k, j);
-            products_wait<N::team, 0>(out);
-        }
+        for (int m = 0; m < M; ++m) operand[m].take(dz[m], patch);
     }
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int t = N::team_row() + N::my_row(m) + acc_row() + 8 * half;
-            if (t >= rows) continue;
-#pragma unroll
-            for (int c = 0; c < kP / 8; ++c)
-                if (8 * c + acc_col() < n.P)
-                    store2(dq + (row0 + t) * n.ld_q + h * n.P + 8 * c + acc_col(), out[m].v[c][2 * half] * scale,
-                           out[m].v[c][2 * half + 1] * scale);
-        }
+    product<Layout::plain>(out, operand, TileK(), last_k, true);
+    products_wait<N::team, 0>(out);
+    store_rows<N>(dq + row0 * n.ld_q + h * n.P, n.ld_q, out, scale, rows, n.P);
 }
 
 // ---- 6d  Launchers ---------------------------------------------------------------------------------------------------
@@ -1363,34 +1518,33 @@ template <class A, int kP, int team>
 struct Tilings;
 template <int kP>
 struct Tilings<float, kP, 1> {
-    using Forward = Tiling<1, 1, 4, 32, 32, true, 1>;
-    using Keys = Tiling<1, 1, 4, 32, 32, true, 1>;
-    using Queries = Tiling<1, 1, 4, 32, 32, true, 1>;
+    using Forward = Tiling<1, 1, 4, 16, 4, true, 1>;
+    using Keys = Forward;
+    using Queries = Forward;
 };
 template <>
 struct Tilings<bf16, 64, 1> {
-    using Forward = Tiling<1, 2, 4, 64, 64, true, 2>;
-    using Keys = Tiling<1, 2, 4, 64, 32, false, 2>;
-    using Queries = Tiling<1, 2, 4, 64, 32, true, 2>;
+    using Forward = Tiling<1, 2, 4, 32, 4, true, 2>;
+    using Keys = Tiling<1, 2, 4, 32, 4, false, 2>;
+    using Queries = Tiling<1, 2, 4, 32, 4, true, 2>;
 };
 template <>
 struct Tilings<bf16, 128, 1> {
-    using Forward = Tiling<1, 2, 4, 32, 32, false, 2>;
-    using Keys = Tiling<1, 1, 4, 32, 32, false, 2>;
-    using Queries = Tiling<1, 1, 4, 32, 32, true, 2>;
+    using Forward = Tiling<1, 2, 4, 16, 4, false, 2>;
+    using Keys = Tiling<1, 1, 4, 16, 4, false, 2>;
+    using Queries = Tiling<1, 1, 4, 16, 4, true, 2>;
 };
-// keep = false for wgmma: with own operands in registers over the loop, ptxas of CUDA 13.0 gave these registers away.
 template <>
 struct Tilings<bf16, 64, 4> {
-    using Forward = Tiling<4, 1, 8, 128, 64, false, 2>;
-    using Keys = Tiling<4, 1, 4, 128, 64, false, 2>;
-    using Queries = Tiling<4, 1, 4, 64, 64, false, 3>;
+    using Forward = Tiling<4, 1, 8, 64, 4, false, 2>;
+    using Keys = Tiling<4, 1, 8, 64, 8, false, 1>;
+    using Queries = Tiling<4, 1, 12, 64, 8, false, 1>;
 };
 template <>
 struct Tilings<bf16, 128, 4> {
-    using Forward = Tiling<4, 1, 8, 128, 128, false, 1>;
-    using Keys = Tiling<4, 1, 4, 64, 64, false, 2>;
-    using Queries = Tiling<4, 1, 4, 64, 64, false, 2>;
+    using Forward = Tiling<4, 1, 12, 64, 4, false, 1>;
+    using Keys = Tiling<4, 1, 8, 64, 4, false, 1>;
+    using Queries = Tiling<4, 1, 8, 64, 4, false, 1>;
 };
 
 // Whether this GPU runs code of ours that was compiled for sm_90a. Such code bounds this kernel differently, which the
@@ -1411,62 +1565,106 @@ static bool has_wgmma() {
     return has;
 }
 
-// Bytes of shared memory: so many own tiles, four of the other side, stats of two tiles, the patches.
+// Bytes of shared memory: so many own tiles, two of the other side and stats for each stage, the patches, the barriers.
 template <class A, int kP, class N>
 static size_t attention_shared(int own_tiles) {
-    return sizeof(A) * size_t(own_tiles * Tile<A, N::own, kP, N::team>::size + 4 * Tile<A, N::tile, kP, N::team>::size +
-                              N::threads / 32 * kPatch<A>) +
-           2 * N::tile * sizeof(float2);
+    return sizeof(A) * size_t(own_tiles * Tile<A, N::own, kP, N::team>::size +
+                              2 * N::stages * Tile<A, N::step, kP, N::team>::size + N::warps * kPatch<A>) +
+           2 * N::stages * N::step * sizeof(float) + Ring<N>::kBytes;
+}
+// The rows of all heads and sequences as a tensor of four dimensions, of which the copy engine takes boxes of 64 columns of
+// box_rows rows.
+static CUtensorMap make_map(const bf16* p, int64 P, int64 heads, int64 rows, int64 B, int64 ld, int64 sequence,
+                            int box_rows) {
+    static const auto encode = [] {
+        void* f = nullptr;
+        cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+        CHECK_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
+#else
+        CHECK_CUDA(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found));
+#endif
+        if (found != cudaDriverEntryPointSuccess) fail("GPU: the driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
+    }();
+    CUtensorMap map;
+    const cuuint64_t sizes[] = {cuuint64_t(P), cuuint64_t(heads), cuuint64_t(rows), cuuint64_t(B)};
+    const cuuint64_t strides[] = {cuuint64_t(2 * P), cuuint64_t(2 * ld), cuuint64_t(2 * sequence)};  // bytes
+    const cuuint32_t box[] = {64, 1, cuuint32_t(box_rows), 1}, every[] = {1, 1, 1, 1};
+    const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(p), sizes, strides, box,
+                              every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) fail("GPU: attention: no map of a tensor: error %d", int(r));
+    return map;
+}
+template <class A, int team>
+static Maps make_maps(const A* q, const A* k, const A* v, const A* dy, const AttentionShape& n, int rows_q,
+                      int rows_k) {
+    Maps maps = {};
+    if constexpr (team == 4) {
+        maps.q = make_map(q, n.P, n.H, n.T, n.B, n.ld_q, n.T * n.ld_q, rows_q);
+        maps.k = make_map(k, n.P, n.Hkv, n.S, n.B, n.ld_kv, n.seq_kv, rows_k);
+        maps.v = make_map(v, n.P, n.Hkv, n.S, n.B, n.ld_kv, n.seq_kv, rows_k);
+        if (dy) maps.dy = make_map(dy, n.P, n.H, n.T, n.B, n.H * n.P, n.T * n.H * n.P, rows_q);
+    }
+    return maps;
 }
 template <class A, int kP, int team>
 static void attention_forward_by(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
                                  Position before, cudaStream_t stream) {
     using N = typename Tilings<A, kP, team>::Forward;
     launch("attention_forward", attention_forward_kernel<A, kP, N>, ceil_div(n.T, N::own) * n.B * n.H, N::threads,
-           attention_shared<A, kP, N>(1), stream, y, lse, q, k, v, n, before, float(1 / std::sqrt(double(n.P))));
+           attention_shared<A, kP, N>(1), stream, y, lse, q, k, v,
+           make_maps<A, team>(q, k, v, nullptr, n, N::own, N::step), n, before, float(1 / std::sqrt(double(n.P))));
 }
 template <class A, int kP, int team>
-static void attention_backward_by(A* dq, A* dk, A* dv, float2* stats, const A* dy, const A* q, const A* k, const A* v,
+static void attention_backward_by(A* dq, A* dk, A* dv, float* stats, const A* dy, const A* q, const A* k, const A* v,
                                   const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
     using NK = typename Tilings<A, kP, team>::Keys;
     using NQ = typename Tilings<A, kP, team>::Queries;
     const float scale = float(1 / std::sqrt(double(n.P)));
     const bool vectors = n.P % 8 == 0 && (uintptr_t(dy) | uintptr_t(y)) % 32 == 0;
     launch("attention_backward", vectors ? attention_dot_kernel<A, 8> : attention_dot_kernel<A, 1>,
-           ceil_div(n.B * n.T * n.H, 32), 256, 0, stream, stats, dy, y, lse, n);
+           ceil_div(n.B * padded_stats(n.T) * n.H, 32), 256, 0, stream, stats, dy, y, lse, n);
     launch("attention_backward", attention_backward_kv_kernel<A, kP, NK>, ceil_div(n.S, NK::own) * n.B * n.Hkv,
-           NK::threads, attention_shared<A, kP, NK>(2), stream, dk, dv, dy, q, k, v, stats, n, scale);
+           NK::threads, attention_shared<A, kP, NK>(2), stream, dk, dv, dy, q, k, v,
+           make_maps<A, team>(q, k, v, dy, n, NK::step, NK::own), stats, n, scale);
     launch("attention_backward", attention_backward_q_kernel<A, kP, NQ>, ceil_div(n.T, NQ::own) * n.B * n.H,
-           NQ::threads, attention_shared<A, kP, NQ>(2), stream, dq, dy, q, k, v, stats, n, scale);
+           NQ::threads, attention_shared<A, kP, NQ>(2), stream, dq, dy, q, k, v,
+           make_maps<A, team>(q, k, v, dy, n, NQ::own, NQ::step), stats, n, scale);
 }
-// f(kP, team): the padded width and the form of products for this call.
+// f(kP, team): the padded width and the form of products for this call. The copy engine wants rows that begin at multiples
+// of 16 bytes.
 template <class A, class F>
-static void attention_form(int64 P, const F& f) {
+static void attention_form(const A* q, const A* k, const A* v, const A* dy, const AttentionShape& n, const F& f) {
     using std::integral_constant;
-    if constexpr (std::is_same<A, bf16>::value)
-        if (has_wgmma()) {
-            if (P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 4>());
+    if constexpr (std::is_same<A, bf16>::value) {
+        const bool aligned = (uintptr_t(q) | uintptr_t(k) | uintptr_t(v) | uintptr_t(dy)) % 16 == 0 &&
+                             (n.P | n.ld_q | n.ld_kv | n.seq_kv) % 8 == 0;
+        if (aligned && has_wgmma()) {
+            if (n.P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 4>());
             else f(integral_constant<int, 128>(), integral_constant<int, 4>());
             return;
         }
-    if (P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 1>());
+    }
+    if (n.P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 1>());
     else f(integral_constant<int, 128>(), integral_constant<int, 1>());
 }
 // `before` keys come before the first query.
 template <class A>
 static void attention_forward(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
                               Position before, cudaStream_t stream) {
-    attention_form<A>(n.P, [&](auto kP, auto team) {
+    attention_form<A>(q, k, v, nullptr, n, [&](auto kP, auto team) {
         attention_forward_by<A, decltype(kP)::value, decltype(team)::value>(y, lse, q, k, v, n, before, stream);
     });
 }
-// stats (B,H,T,2) is scratch.
+// stats is scratch of 2 B H padded_stats(T) numbers.
 template <class A>
 static void attention_backward(A* dq, A* dk, A* dv, float* stats, const A* dy, const A* q, const A* k, const A* v,
                                const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
-    attention_form<A>(n.P, [&](auto kP, auto team) {
-        attention_backward_by<A, decltype(kP)::value, decltype(team)::value>(
-            dq, dk, dv, reinterpret_cast<float2*>(stats), dy, q, k, v, y, lse, n, stream);
+    attention_form<A>(q, k, v, dy, n, [&](auto kP, auto team) {
+        attention_backward_by<A, decltype(kP)::value, decltype(team)::value>(dq, dk, dv, stats, dy, q, k, v, y, lse, n,
+                                                                             stream);
     });
 }
 
@@ -4703,7 +4901,7 @@ class Model {
     // not needed after the op that reads it
     A *m, *h, *dx, *dm, *du, *dy, *dproj, *dgate_up, *last;
     float *ddt, *ddA, *partial, *logits32, *segment_scratch;
-    float* attention_stats;  // (B,H,T) pairs: log-sum-exp, dy . y
+    float* attention_stats;  // (B,H,T padded) pairs: log-sum-exp, dy . y
 
     static const char* buffer_name(Buffer which) {
         switch (which) {
@@ -4925,7 +5123,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     a->take(&du, rows * D);
     a->take(&ddt, rows * H);
     a->take(&ddA, rows * H);
-    a->take(&attention_stats, 2 * rows * H);
+    a->take(&attention_stats, 2 * B * H * padded_stats(T));
     a->take(&partial, kPartialBlocks * 2 * std::max(D, H));
 }
 
@@ -5845,7 +6043,7 @@ void attention_backward(Precision precision, float* dq, float* dk, float* dv, co
         using A = decltype(a);
         const int64 rows = n.B * n.T, width = n.H * n.P;
         Array<A> qd(q, rows * n.ld_q), dqd(nullptr, rows * n.ld_q), dyd(dy, rows * width), yd(y, rows * width);
-        Array<float> ld(lse, rows * n.H), stats(nullptr, 2 * rows * n.H);
+        Array<float> ld(lse, rows * n.H), stats(nullptr, 2 * n.B * n.H * padded_stats(n.T));
         (void)dk;
         (void)dv;
         attention_backward<A>(dqd, dqd + (k - q), dqd + (v - q), stats, dyd, qd, qd + (k - q), qd + (v - q), yd, ld, n,
@@ -6372,7 +6570,7 @@ void Bench::attention() {
                     const int64 rows_ = r->B * T, k = H * P, v = k + Hkv * P;
                     const AttentionShape n{r->B, T, T, H, Hkv, P, ld, ld, T * ld};
                     Random<A> p(rows_ * ld), d(rows_ * ld), y(rows_ * H * P), dy(rows_ * H * P);
-                    Random<float> lse(rows_ * H), stats(2 * rows_ * H);
+                    Random<float> lse(rows_ * H), stats(2 * r->B * H * padded_stats(T));
                     const auto forward = [&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); };
                     const auto backward = [&] {
                         attention_backward<A>(d, d + k, d + v, stats, dy, p, p + k, p + v, y, lse, n, nullptr);
