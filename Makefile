@@ -50,7 +50,7 @@ FLAGS    = -std=c++17 $(CXXFLAGS) -ffp-contract=off -fno-math-errno -fno-trappin
 # ---------------------------------------------------------------------------------------------------------------------
 # nvcc on the PATH, or where the toolkit installs it; `make CUDA=0` builds without. The code is for this machine's GPU; where
 # there is none, for compute capability 8.0 and 9.0, with PTX that the driver translates for later ones. CUDA_ARCH=sm_90 says
-# otherwise; several are separated by blanks. Code for 9.0 is made as sm_90a, which has the instruction wgmma (attention).
+# otherwise; several are separated by blanks. Code for 9.0 is made as sm_90a, which has the instruction wgmma (attention, SSD).
 
 ifneq ($(filter-out clean help format,$(or $(MAKECMDGOALS),all)),)
 ifneq ($(CUDA),0)

@@ -101,8 +101,9 @@ struct Same {
 };
 // kernel<<<blocks, threads, shared, stream>>>(arguments), checked. Grids have one dimension, which may count to 2^31
 // - 1.
+// together: all blocks run at once, so that they may wait for each other (refused if they do not fit).
 template <class... P>
-static void launch(const char* name, void (*kernel)(P...), int64 blocks, int threads, size_t shared,
+static void launch(bool together, const char* name, void (*kernel)(P...), int64 blocks, int threads, size_t shared,
                    cudaStream_t stream, typename Same<P>::type... arguments) {
     if (blocks < 1 || blocks > INT32_MAX) fail("GPU: %s: %lld blocks: expected 1 to 2^31-1", name, (long long)blocks);
     if (shared > 47 * 1024) {  // 48 KB are allowed without asking, the kernel's own arrays included
@@ -113,9 +114,23 @@ static void launch(const char* name, void (*kernel)(P...), int64 blocks, int thr
             fail("GPU: %s: needs %zu bytes of shared memory, more than this GPU has per block", name, shared);
         }
     }
-    kernel<<<unsigned(blocks), unsigned(threads), shared, stream>>>(arguments...);
-    check(cudaGetLastError(), name);
+    cudaLaunchAttribute cooperative;
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t how = {};
+    how.gridDim = dim3(unsigned(blocks));
+    how.blockDim = dim3(unsigned(threads));
+    how.dynamicSmemBytes = shared;
+    how.stream = stream;
+    how.attrs = &cooperative;
+    how.numAttrs = together;
+    check(cudaLaunchKernelEx(&how, kernel, arguments...), name);
     if (profile) profile->mark(name, stream);
+}
+template <class... P>
+static void launch(const char* name, void (*kernel)(P...), int64 blocks, int threads, size_t shared,
+                   cudaStream_t stream, typename Same<P>::type... arguments) {
+    launch<P...>(false, name, kernel, blocks, threads, shared, stream, arguments...);
 }
 
 __device__ inline float to_float(float x) { return x; }
@@ -432,9 +447,9 @@ struct Accumulator {
 template <class A>
 constexpr int kTilePad = 16 / int(sizeof(A));  // 16 bytes
 
-__device__ inline int lane_id() { return int(threadIdx.x) % 32; }
-__device__ inline int acc_row() { return lane_id() / 4; }        // and + 8
-__device__ inline int acc_col() { return 2 * (lane_id() % 4); }  // and + 1
+__device__ inline int lane_id() { return int(threadIdx.x % 32); }
+__device__ inline int acc_row() { return int(threadIdx.x % 32 / 4); }  // and + 8
+__device__ inline int acc_col() { return int(threadIdx.x % 4 * 2); }   // and + 1
 
 // Four 8 x 8 matrices of bf16 from shared memory: lane i gives the address of row i%8 of matrix i/8.
 template <bool transpose>
@@ -1733,7 +1748,7 @@ static void ssd_dt_backward(A* ddt_raw, float* ddt_bias, float* dA_log, float* p
 // ---- 7a  Recurrent: one token, in section 11b
 
 // ---- 7c  Chunked ------------------------------------------------------------------------------------------------------
-// One block of 8 warps sweeps the chunks of one (sequence, head), or of a segment of them. The state stays in
+// One block of 8 warps sweeps the chunks of one (sequence, head). The state stays in its
 // registers: it is cut into units of 16 x 32 numbers, and unit u belongs to warp u % 8 for the whole sweep. C, B, X
 // are read once, Y is written once, and no Q x Q matrix leaves the chip. The chunk length is this kernel's own
 // (SsdTiles::q), since the result does not depend on it; config.Q is for the reference. The backward needs S_in of
@@ -1749,7 +1764,7 @@ struct SsdRope {
 };
 static constexpr int64 kSsdRopeRows = 65;
 
-static constexpr int kSsdWarps = 8, kSsdThreads = 256;
+static constexpr int kSsdWarps = 8, kSsdThreads = 256, kChunk = 64;  // kChunk: the longest
 
 struct SsdTiles {
     int q, N, P;        // chunk length, padded N, padded P
@@ -1757,14 +1772,19 @@ struct SsdTiles {
     int units() const { return P / 16 * (N / 32); }
 };
 
-// Shared memory of the sweeps, in bytes. Vectors are of q floats.
+// A chunk's vectors, of its dt and dA, with cs_t inclusive: from_in = exp(cs_t), to_end = exp(cs_last - cs_t), into =
+// to_end dt. log2_cs: log2(e) cs_t; log2_from: log2(dt_s) - log2_cs_s, so that
+// decay(t,s) dt_s = 2^(log2_cs_t + log2_from_s).
+struct SsdVectors {
+    float log2_cs[kChunk], log2_from[kChunk], step[kChunk], from_in[kChunk], to_end[kChunk], into[kChunk];
+};
+// Shared memory of the sweeps, in bytes.
 template <class A>
 static size_t ssd_shared(const SsdTiles& t, bool backward) {
     const size_t pad = size_t(kTilePad<A>), q = size_t(t.q), N = size_t(t.N), P = size_t(t.P);
-    const size_t tiles = (backward ? 2 : 3) * q * (N + pad) + 2 * q * (P + pad) + (backward ? 2 : 1) * P * (N + pad) +
-                         (backward ? 2 : 1) * q * (q + pad);
-    const size_t vectors = backward ? 4 + 2 * (N / 32) + P / 32 : 8;
-    return sizeof(A) * tiles + sizeof(float) * (vectors * q + 16);
+    const size_t tiles = 2 * q * (N + pad) + 2 * q * (P + pad) + (backward ? 2 : 1) * (P * (N + pad) + q * (q + pad));
+    const size_t dots = backward ? (2 * (N / 32) + P / 32) * q + 16 : 0;
+    return sizeof(A) * tiles + sizeof(SsdVectors) + sizeof(float) * dots;
 }
 // Shared memory of the backward kernel of 7d, the greater one.
 static size_t ssd_fast_shared(int64 N);
@@ -1801,717 +1821,10 @@ __device__ inline void rotate_tile(A* tile, int ld, const SsdRope& rope, int64 p
     }
 }
 
-// Warp 0: chunk_cumsum and what follows from it. cs_t inclusive; from_in = exp(cs_t); to_end = exp(cs_last - cs_t).
-__device__ inline void chunk_cumsum(float* cs, float* step, float* from_in, float* to_end, const float* dt,
-                                    const float* dA, int64 row0, int64 h, int64 H, int valid, int q) {
-    float before = 0;
-    for (int t0 = 0; t0 < q; t0 += 32) {
-        const int t = t0 + lane_id();
-        float sum = t < valid ? dA[(row0 + t) * H + h] : 0.0f;
-        for (int d = 1; d < 32; d *= 2) {
-            const float left = __shfl_up_sync(~0u, sum, d);
-            if (lane_id() >= d) sum += left;
-        }
-        sum += before;
-        before = __shfl_sync(~0u, sum, 31);
-        cs[t] = sum;
-        step[t] = t < valid ? dt[(row0 + t) * H + h] : 0.0f;
-    }
-    for (int t = lane_id(); t < q; t += 32) {
-        from_in[t] = expf(cs[t]);
-        to_end[t] = expf(before - cs[t]);
-    }
-}
-// decay(t,s): subtract, mask, then exp
-__device__ inline float chunk_decay(const float* cs, int t, int s) {
-    return s <= t ? exp2_fast((cs[t] - cs[s]) * kLog2e) : 0.0f;
-}
-
-// The steps of one chunk, in the letters of docs/ssd.md:
-//     G   = M o C B^T dt              (q,q)      rows in strips of 16, columns in groups of 32; nothing above the diagonal
-//     Y   = from_in S_in C + G X      (q,P)
-//     S   = exp(cs_last) S + (to_end dt X)^T B   (P,N)
-template <class A, int SU, bool kStateOnly>
-__global__ void __launch_bounds__(kSsdThreads, 1)
-    ssd_forward_kernel(A* Y, float* S_T, A* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
-                       const float* dA, const float* S_0, SsdRope rope, float* log_decays, SsdShape n, SsdTiles tiles,
-                       int64 segments) {
-    const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
-    const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
-    const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
-    extern __shared__ __align__(16) unsigned char shared[];
-    A* C = reinterpret_cast<A*>(shared);                     // (q,N)
-    A* Bs = C + q * ldn;                                     // (q,N) twice: chunks take turns
-    A* X = Bs + 2 * q * ldn;                                 // (q,P)
-    A* Xs = X + q * ldp;                                     // (q,P) to_end dt X
-    A* S = Xs + q * ldp;                                     // (P,N) the state as an operand
-    A* G = S + P * ldn;                                      // (q,q)
-    float* vectors = reinterpret_cast<float*>(G + q * ldq);  // cs, step, from_in, to_end (q), twice
-
-    const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
-    const int64 bh = blockIdx.x / segments, segment = blockIdx.x % segments, b = bh / n.H, h = bh % n.H;
-    const int64 PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q,
-                per_segment = (chunks + segments - 1) / segments;
-    const int64 first_chunk = segment * per_segment, end_chunk = min(chunks, first_chunk + per_segment);
-    // The rows and columns of state unit i of this warp.
-    const auto unit_row = [&](int i) { return (warp + kSsdWarps * i) % strips * 16; };
-    const auto unit_col = [&](int i) { return (warp + kSsdWarps * i) / strips * 32; };
-    const auto mine = [&](int i) { return warp + kSsdWarps * i < units; };
-    Accumulator<4> state[SU];
-    // Calls f(element index in the real (P,N) matrix, tile offset, value 0, value 1) for each pair that this thread
-    // has.
-    const auto for_pairs = [&](int i, auto f) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                const int p = unit_row(i) + acc_row() + 4 * j, k = unit_col(i) + 8 * t + acc_col();
-                f(p < real_P && k < real_N, p * real_N + k, p * ldn + k, state[i].v[t][j], state[i].v[t][j + 1]);
-            }
-    };
-#pragma unroll
-    for (int i = 0; i < SU; ++i) {
-        state[i].zero();
-        if (mine(i))
-            for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
-                if (S_0 && inside) {
-                    s0 = S_0[blockIdx.x * PN + at];
-                    s1 = S_0[blockIdx.x * PN + at + 1];
-                }
-                store2(S + tile_at, s0, s1);
-            });
-    }
-    // Begins to bring a chunk's tiles and vectors. C, X: nobody may need the last ones any more.
-    const auto fetch = [&](int64 chunk) {
-        if (chunk >= end_chunk) return;
-        const int64 row0 = b * n.T + chunk * q;
-        const int valid = int(min(int64(q), n.T - chunk * q)), turn = int(chunk % 2);
-        if (!kStateOnly) load_tile(C, ldn, sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
-        load_tile(Bs + turn * q * ldn, ldn, sb + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
-        load_tile(X, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
-        float* at = vectors + turn * 4 * q;
-        if (warp == 0) chunk_cumsum(at, at + q, at + 2 * q, at + 3 * q, dt, dA, row0, h, n.H, valid, q);
-    };
-    // When a chunk's tiles are complete for all threads.
-    const auto rotate = [&](int64 chunk) {
-        if (chunk >= end_chunk || !rope.cos) return;
-        const int valid = int(min(int64(q), n.T - chunk * q));
-        const int64 position = rope.before.get() + chunk * q;
-        if (!kStateOnly) rotate_tile(C, ldn, rope, position, valid, real_N);
-        rotate_tile(Bs + chunk % 2 * q * ldn, ldn, rope, position, valid, real_N);
-        __syncthreads();  // they are turned
-    };
-    float log_decay = 0;  // of the whole segment
-    fetch(first_chunk);
-    copies_done();
-    __syncthreads();  // tiles, vectors and the state operand are complete
-    rotate(first_chunk);
-    for (int64 chunk = first_chunk; chunk < end_chunk; ++chunk) {
-        const int64 t0 = chunk * q, row0 = b * n.T + t0;
-        const int valid = int(min(int64(q), n.T - t0));
-        const A* Bt = Bs + chunk % 2 * q * ldn;
-        const float *cs = vectors + chunk % 2 * 4 * q, *step = cs + q, *from_in = step + q, *to_end = from_in + q;
-        if (chunk_states)
-#pragma unroll
-            for (int i = 0; i < SU; ++i)
-                if (mine(i))
-                    for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
-                        if (inside) store2(chunk_states + (bh * chunks + chunk) * PN + at, s0, s1);
-                    });
-        log_decay += cs[q - 1];
-        for (int u = kStateOnly ? INT_MAX / 2 : warp; u < q / 16 * (q / 32); u += kSsdWarps) {
-            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
-            if (col > row) continue;  // wholly above the diagonal (row and col are not read there)
-            Accumulator<4> g;
-            g.zero();
-            multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
-                    store2(G + r * ldq + s, chunk_decay(cs, r, s) * g.v[t][j] * step[s],
-                           chunk_decay(cs, r, s + 1) * g.v[t][j + 1] * step[s + 1]);
-                }
-        }
-        for (int i = 2 * int(threadIdx.x); i < q * P; i += 2 * kSsdThreads) {
-            const int s = i / P, p = i % P;
-            float x[2];
-            load<2>(x, X + s * ldp + p);
-            const float f = to_end[s] * step[s];
-            store2(Xs + s * ldp + p, f * x[0], f * x[1]);
-        }
-        __syncthreads();  // G and Xs are complete
-        for (int u = kStateOnly ? INT_MAX / 2 : warp; u < q / 16 * (P / 32); u += kSsdWarps) {
-            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
-            Accumulator<4> y;
-            y.zero();
-            multiply<Layout::plain, Layout::transposed>(y, C + row * ldn, ldn, S + col * ldn, ldn, N);
-            y.scale_rows(from_in[row + acc_row()], from_in[row + acc_row() + 8]);
-            multiply<Layout::plain, Layout::plain>(y, G + row * ldq, ldq, X + col, ldp, row + 16);
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    const int r = row + acc_row() + 4 * j, p = col + 8 * t + acc_col();
-                    if (r < valid && p < real_P)
-                        store2(Y + ((row0 + r) * n.H + h) * real_P + p, y.v[t][j], y.v[t][j + 1]);
-                }
-        }
-        __syncthreads();  // C, X and the state operand have been read
-        fetch(chunk + 1);
-        const float all = from_in[q - 1];
-#pragma unroll
-        for (int i = 0; i < SU; ++i)
-            if (mine(i)) {
-                state[i].scale_rows(all, all);
-                multiply<Layout::transposed, Layout::plain>(state[i], Xs + unit_row(i), ldp, Bt + unit_col(i), ldn, q);
-                for_pairs(i, [&](bool, int, int tile_at, float& s0, float& s1) { store2(S + tile_at, s0, s1); });
-            }
-        copies_done();
-        __syncthreads();  // the next chunk's tiles and vectors and the state operand are complete; Xs has been read
-        rotate(chunk + 1);
-    }
-    if (kStateOnly && threadIdx.x == 0) log_decays[blockIdx.x] = log_decay;
-    if (kStateOnly || (S_T && segment == segments - 1))
-#pragma unroll
-        for (int i = 0; i < SU; ++i)
-            if (mine(i))
-                for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
-                    if (inside) store2(S_T + (kStateOnly ? int64(blockIdx.x) : bh) * PN + at, s0, s1);
-                });
-}
-
-// The chunks in reverse; dS, in registers, is the gradient of S_out, then of S_in:
-//     E    = dY X^T;  MG = M o C B^T;  ME = M o E dt                                   (q,q)
-//     dB   = to_end dt X dS + ME^T C                                                   (q,N)
-//     dXd  = to_end B dS^T + MG^T dY;   dX = dt dXd;  ddt = X . dXd                    (q,P)
-//     dC   = from_in dY S_in + ME B                                                    (q,N)
-//     dS   = exp(cs_last) dS + (from_in dY)^T C                                        (P,N)
-//     dcs_t = C_t . dC_t - B_t . dB_t;   ddA_u = sum_{t>=u} dcs_t + <S_out, dS>
-//     <S_out, dS> = exp(cs_last) <S_in, dS> + sum_s B_s . (the state's part of dB_s)
-// The dot products use dC and dB in fp32, before they are rounded to A. Sums over the columns of a row come from
-// several units: each writes its own part, and they are added up in order. A unit does not hold both numbers of a
-// pair: dC and dB are left as gradients of the turned C and B, and the kernel of section 5 turns them back.
-template <class A, int SU, bool kStateOnly>
-__global__ void __launch_bounds__(kSsdThreads, 1)
-    ssd_backward_kernel(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
-                        const A* sc, const A* sb, const A* sx, const float* dt, const float* dA, const A* chunk_states,
-                        SsdRope rope, float* log_decays, SsdShape n, SsdTiles tiles, int64 segments) {
-    const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
-    const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
-    const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
-    extern __shared__ __align__(16) unsigned char shared[];
-    A* C = reinterpret_cast<A*>(shared);  // (q,N)
-    A* Bt = C + q * ldn;                  // (q,N)
-    A* X = Bt + q * ldn;                  // (q,P)
-    A* dy = X + q * ldp;                  // (q,P)
-    A* S = dy + q * ldp;                  // (P,N) S_in as an operand
-    A* dS = S + P * ldn;                  // (P,N) dS as an operand
-    A* MG = dS + P * ldn;                 // (q,q)
-    A* ME = MG + q * ldq;                 // (q,q)
-    float* cs = reinterpret_cast<float*>(ME + q * ldq);
-    float *step = cs + q, *from_in = step + q, *to_end = from_in + q;
-    float* C_dC = to_end + q;              // (N/32, q) parts of C_t . dC_t
-    float* B_dB = C_dC + N / 32 * q;       // (N/32, q)
-    float* X_dXd = B_dB + N / 32 * q;      // (P/32, q)
-    float* S_dot_dS = X_dXd + P / 32 * q;  // (8) parts of <S_out, dS>, one per warp
-
-    const int warp = int(threadIdx.x) / 32, strips = P / 16, units = strips * (N / 32);
-    const int64 bh = blockIdx.x / segments, segment = blockIdx.x % segments, b = bh / n.H, h = bh % n.H;
-    const int64 PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q,
-                per_segment = (chunks + segments - 1) / segments;
-    const int64 first_chunk = segment * per_segment, end_chunk = min(chunks, first_chunk + per_segment);
-    const auto unit_row = [&](int i) { return (warp + kSsdWarps * i) % strips * 16; };
-    const auto unit_col = [&](int i) { return (warp + kSsdWarps * i) / strips * 32; };
-    const auto mine = [&](int i) { return warp + kSsdWarps * i < units; };
-    Accumulator<4> state[SU];
-    const auto for_pairs = [&](int i, auto f) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                const int p = unit_row(i) + acc_row() + 4 * j, k = unit_col(i) + 8 * t + acc_col();
-                f(p < real_P && k < real_N, p * real_N + k, p * ldn + k, state[i].v[t][j], state[i].v[t][j + 1]);
-            }
-    };
-    // Row sums of an output unit times the tile it belongs to, over the unit's 32 columns, into part[row].
-    const auto row_dots = [&](float* part, const Accumulator<4>& acc, const A* tile, int ld, int row, int col) {
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            const int r = row + acc_row() + 4 * j;
-            float s = 0;
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-                float f[2];
-                load<2>(f, tile + r * ld + col + 8 * t + acc_col());
-                s += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
-            }
-            s = quad_sum(s);
-            if (lane_id() % 4 == 0) part[r] = s;
-        }
-    };
-    // Writes an output unit to rows `ld` apart.
-    const auto write = [&](A* to, int64 ld, const Accumulator<4>& acc, int row, int col, int valid, int width) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                const int r = row + acc_row() + 4 * j, c = col + 8 * t + acc_col();
-                if (r < valid && c < width) store2(to + r * ld + c, acc.v[t][j], acc.v[t][j + 1]);
-            }
-    };
-#pragma unroll
-    for (int i = 0; i < SU; ++i) {
-        state[i].zero();
-        if (mine(i))
-            for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
-                if (dS_T && inside) {
-                    s0 = dS_T[blockIdx.x * PN + at];
-                    s1 = dS_T[blockIdx.x * PN + at + 1];
-                }
-                store2(dS + tile_at, s0, s1);
-            });
-    }
-    float log_decay = 0;  // of the whole segment
-    for (int64 chunk = end_chunk - 1; chunk >= first_chunk; --chunk) {
-        const int64 t0 = chunk * q, row0 = b * n.T + t0;
-        const int valid = int(min(int64(q), n.T - t0));
-        const int64 c0 = row0 * n.ld + h * real_N, x0 = row0 * n.ld + h * real_P;
-        load_tile(C, ldn, sc + c0, n.ld, valid, q, real_N, N);
-        if (!kStateOnly) {
-            load_tile(Bt, ldn, sb + c0, n.ld, valid, q, real_N, N);
-            load_tile(X, ldp, sx + x0, n.ld, valid, q, real_P, P);
-        }
-        load_tile(dy, ldp, dY + (row0 * n.H + h) * real_P, n.H * real_P, valid, q, real_P, P);
-        if (warp == 0) chunk_cumsum(cs, step, from_in, to_end, dt, dA, row0, h, n.H, valid, q);
-        float from_in_dot = 0, new_dot = 0;  // this thread's parts of <S_in, dS> and of the sum over B_s . dB_s
-#pragma unroll
-        for (int i = 0; i < SU; ++i)
-            if (!kStateOnly && mine(i))
-                for_pairs(i, [&](bool inside, int at, int tile_at, float& s0, float& s1) {
-                    float s[2] = {0, 0};
-                    if (inside) load<2>(s, chunk_states + (bh * chunks + chunk) * PN + at);
-                    from_in_dot += s[0] * s0 + s[1] * s1;
-                    store2(S + tile_at, s[0], s[1]);
-                });
-        copies_done();
-        __syncthreads();  // tiles, vectors, S and dS are complete
-        if (rope.cos) {
-            const int64 position = rope.before.get() + t0;
-            rotate_tile(C, ldn, rope, position, valid, real_N);
-            if (!kStateOnly) rotate_tile(Bt, ldn, rope, position, valid, real_N);
-            __syncthreads();  // C and B are turned
-        }
-        if (!kStateOnly) {
-            for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
-                const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
-                Accumulator<4> g, e;
-                g.zero();
-                e.zero();
-                if (col <= row + 15) {
-                    multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
-                    multiply<Layout::plain, Layout::transposed>(e, dy + row * ldp, ldp, X + col * ldp, ldp, P);
-                }
-#pragma unroll
-                for (int t = 0; t < 4; ++t)
-#pragma unroll
-                    for (int j = 0; j < 4; j += 2) {
-                        const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
-                        const float m0 = chunk_decay(cs, r, s), m1 = chunk_decay(cs, r, s + 1);
-                        store2(MG + r * ldq + s, m0 * g.v[t][j], m1 * g.v[t][j + 1]);
-                        store2(ME + r * ldq + s, m0 * e.v[t][j] * step[s], m1 * e.v[t][j + 1] * step[s + 1]);
-                    }
-            }
-            __syncthreads();  // MG and ME are complete
-            // The rows of an output strip meet rows t >= row of MG and ME (transposed products) or columns s <= row +
-            // 15.
-            for (int u = warp; u < q / 16 * (N / 32); u += kSsdWarps) {
-                const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
-                Accumulator<4> acc;
-                acc.zero();  // dB
-                multiply<Layout::plain, Layout::plain>(acc, X + row * ldp, ldp, dS + col, ldn, P);
-                acc.scale_rows(to_end[r0] * step[r0], to_end[r1] * step[r1]);
-#pragma unroll
-                for (int t = 0; t < 4; ++t)
-#pragma unroll
-                    for (int j = 0; j < 4; j += 2) {
-                        float f[2];
-                        load<2>(f, Bt + (r0 + 4 * j) * ldn + col + 8 * t + acc_col());
-                        new_dot += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
-                    }
-                multiply<Layout::transposed, Layout::plain>(acc, ME + row * ldq + row, ldq, C + row * ldn + col, ldn,
-                                                            q - row);
-                row_dots(B_dB + col / 32 * q, acc, Bt, ldn, row, col);
-                write(dsb + c0, n.ld, acc, row, col, valid, real_N);
-                acc.zero();  // dC
-                multiply<Layout::plain, Layout::plain>(acc, dy + row * ldp, ldp, S + col, ldn, P);
-                acc.scale_rows(from_in[r0], from_in[r1]);
-                multiply<Layout::plain, Layout::plain>(acc, ME + row * ldq, ldq, Bt + col, ldn, row + 16);
-                row_dots(C_dC + col / 32 * q, acc, C, ldn, row, col);
-                write(dsc + c0, n.ld, acc, row, col, valid, real_N);
-            }
-            for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
-                const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
-                Accumulator<4> acc;
-                acc.zero();  // dXd
-                multiply<Layout::plain, Layout::transposed>(acc, Bt + row * ldn, ldn, dS + col * ldn, ldn, N);
-                acc.scale_rows(to_end[r0], to_end[r1]);
-                multiply<Layout::transposed, Layout::plain>(acc, MG + row * ldq + row, ldq, dy + row * ldp + col, ldp,
-                                                            q - row);
-                row_dots(X_dXd + col / 32 * q, acc, X, ldp, row, col);
-                acc.scale_rows(step[r0], step[r1]);
-                write(dsx + x0, n.ld, acc, row, col, valid, real_P);
-            }
-            const float part = warp_sum(from_in[q - 1] * from_in_dot + new_dot);
-            if (lane_id() == 0) S_dot_dS[warp] = part;
-            __syncthreads();  // dS, S and dy have been read, the dot products are complete
-            if (warp == 0) {
-                float later = 0;  // <S_out, dS>, then also the dcs of the tokens after this lane's
-                for (int w = 0; w < kSsdWarps; ++w) later += S_dot_dS[w];
-                for (int first = q - 32; first >= 0; first -= 32) {
-                    const int t = first + lane_id();
-                    float sum = 0, xdx = 0;
-                    for (int i = 0; i < N / 32; ++i) sum += C_dC[i * q + t] - B_dB[i * q + t];
-                    for (int i = 0; i < P / 32; ++i) xdx += X_dXd[i * q + t];
-                    for (int d = 1; d < 32; d *= 2) {
-                        const float right = __shfl_down_sync(~0u, sum, d);
-                        if (lane_id() + d < 32) sum += right;
-                    }
-                    sum += later;
-                    later = __shfl_sync(~0u, sum, 0);
-                    if (t < valid) {
-                        ddt[(row0 + t) * n.H + h] = xdx;
-                        ddA[(row0 + t) * n.H + h] = sum;
-                    }
-                }
-            }
-        }
-        const float all = from_in[q - 1];
-        log_decay += cs[q - 1];
-        for (int i = 2 * int(threadIdx.x); i < q * P; i += 2 * kSsdThreads) {  // from_in dY, in place
-            const int t = i / P, p = i % P;
-            float f[2];
-            load<2>(f, dy + t * ldp + p);
-            store2(dy + t * ldp + p, from_in[t] * f[0], from_in[t] * f[1]);
-        }
-        __syncthreads();  // from_in dY is complete
-#pragma unroll
-        for (int i = 0; i < SU; ++i)
-            if (mine(i)) {
-                state[i].scale_rows(all, all);
-                multiply<Layout::transposed, Layout::plain>(state[i], dy + unit_row(i), ldp, C + unit_col(i), ldn, q);
-                for_pairs(i, [&](bool, int, int tile_at, float& s0, float& s1) { store2(dS + tile_at, s0, s1); });
-            }
-        __syncthreads();  // all tiles and vectors have been read
-    }
-    if (kStateOnly && threadIdx.x == 0) log_decays[blockIdx.x] = log_decay;
-    if (kStateOnly || (dS_0 && segment == 0))
-#pragma unroll
-        for (int i = 0; i < SU; ++i)
-            if (mine(i))
-                for_pairs(i, [&](bool inside, int at, int, float& s0, float& s1) {
-                    if (inside) store2(dS_0 + (kStateOnly ? int64(blockIdx.x) : bh) * PN + at, s0, s1);
-                });
-}
-
-// Where there are few (sequence, head) pairs, one block for each would leave most of the GPU idle. Then the chunks of
-// a pair are cut into segments, in three launches: each segment's state from a zero start (kStateOnly); the states at
-// the segments' borders, from those; and the full sweep, one block per segment, which now knows where it starts. The
-// backward likewise, from the end. The number of segments follows from the shape alone.
-static constexpr int64 kSsdBlocks = 132;  // the multiprocessors of an H100
-// Whether a segment's state can come from the segment before it in one launch, since there is other work to do until
-// then: only the fast kernels do so.
-static bool ssd_chained(const SsdShape& n, const SsdTiles& t) { return t.fast && n.B * n.H * 4 >= kSsdBlocks * 3; }
-static int64 ssd_segments(const SsdShape& n, const SsdTiles& t) {
-    const int64 pairs = n.B * n.H, chunks = ssd_chunks(t, n.T);
-    const int64 wanted = ssd_chained(n, t) ? 4 : pairs > kSsdBlocks ? 1 : 4 * kSsdBlocks / pairs;
-    const int64 per_segment = ceil_div(chunks, std::min(wanted, std::max<int64>(1, chunks / 4)));
-    return ceil_div(chunks, per_segment);  // none is empty
-}
-// Floats of scratch that the segments' states and decays (or flags) take.
-static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
-    const int64 segments = ssd_segments(n, t);
-    return segments == 1 ? 0 : n.B * n.H * segments * (n.P * n.N + 4);
-}
-// states (B,H,segments,P,N): in, what each segment adds; out, the state at its start (its end, if reverse).
-__global__ void pass_states_kernel(float* states, const float* log_decays, const float* S_0, int64 n, int64 PN,
-                                   int64 segments, bool reverse) {
-    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const int64 bh = i / PN;
-    float s = S_0 ? S_0[i] : 0.0f;
-    for (int64 step = 0; step < segments; ++step) {
-        const int64 at = bh * segments + (reverse ? segments - 1 - step : step);
-        const float added = states[at * PN + i % PN];
-        states[at * PN + i % PN] = s;
-        s = expf(log_decays[at]) * s + added;
-    }
-}
-
-// ---- 7d  Chunked, for bf16 with P = 64 and N = 64 or 128 --------------------------------------------------------------
-// The same equations as 7c, arranged so that the chip is never without work. One block of 8 warps per multiprocessor;
-// all of a chunk's work lies between two barriers, because tiles, the state as an operand and the vectors exist twice:
-// during a chunk the next one's tiles arrive and are turned (RoPE). No q x q matrix goes through shared memory: a
-// warp's 16 rows of G leave one product in its accumulators and enter the next as its left operand (Rows). Warps have
-// two roles, so that their different work overlaps:
-//
-//     warps 0-3     16 tokens each, as rows of the (q,q) matrices that are summed over later (forward: earlier) tokens
-//     warps 4-7     16 rows of the state each, in fp32 accumulators; in the backward also the rows of dC
-//
-// ROPE. Products of C and B see differences of positions only. So positions are counted from the chunk's first token,
-// and the angles are the same for all chunks: a table of q rows in shared memory. The state turns along: it is kept
-// as S_local, its rows turned back by the angle of the chunk's first position, and turned by q positions more from chunk
-// to chunk. States that enter or leave (S_0, S_T and at the borders of segments) are turned to position 0's frame,
-// chunk_states stay local.
-//
-// SEGMENTS. A pair's chunks are cut into segments. The tasks (segment, pair) are ordered by segment, block b works on
-// the tasks b, b + blocks, ...: more equal shares than 192 pairs on 132 multiprocessors. The state goes from a
-// segment's task to the next one's through memory (`borders`) with a flag per warp. A task waits for an earlier one
-// only, and no more blocks are started than run at once: no deadlock. With few pairs most blocks would wait; then a
-// sweep that makes only states comes first and pass_states fills `borders`, as in 7c.
-//
-// Per chunk and head at N 128: reads 42 KB, writes Y 8 KB and S_in 16 KB (bf16); 3.7 M operations. Backward: reads
-// 66 KB, writes 41 KB, 9 M operations.
-
-static constexpr int kChunk = 64, kFastP = 64;
-
-// A chunk's vectors of q numbers. log2_cs: log2(e) cs_t; log2_from: log2(dt_s) - log2_cs_s, so that
-// decay(t,s) dt_s = 2^(log2_cs_t + log2_from_s).
-struct SsdVectors {
-    float log2_cs[kChunk], log2_from[kChunk], step[kChunk], from_in[kChunk], to_end[kChunk], into[kChunk];
-};
-// What warps 0-7 know of a chunk's ddt and ddA: row sums, and parts of <S_out, dS>.
-struct SsdDots {
-    float C_dC[kChunk], B_dB[kChunk], X_dXd[kChunk], S_dS[kSsdWarps];
-};
-template <int N>
-struct SsdFast {
-    static constexpr int ldn = N + 8, ldp = kFastP + 8, half = N / 2, ld_angle = half + 8;
-    bf16 C[2][kChunk * ldn], B[2][kChunk * ldn], X[2][kChunk * ldp];
-    bf16 S[2][kFastP * ldn];  // forward: the state as an operand; backward: S_in
-    float cos[(kChunk + 1) * ld_angle], sin[(kChunk + 1) * ld_angle];
-    SsdVectors vectors[2];
-    // Where angle j of a row is: groups of 4, the even ones first, so that neither of the two ways to read them (8
-    // neighbours per thread, or as accumulators lie) meets a bank twice.
-    static __device__ int angle(int row, int j) {
-        return row * ld_angle + j / 8 * 4 + (j % 8 >= 4 ? half / 2 + 4 : 0) + j % 4;
-    }
-};
-template <int N>
-struct SsdFastBackward : SsdFast<N> {
-    bf16 dY[2][kChunk * (kFastP + 8)], dS[2][kFastP * (N + 8)];
-    SsdDots dots[2];
-};
-
-static size_t ssd_fast_shared(int64 N) { return N == 128 ? sizeof(SsdFastBackward<128>) : sizeof(SsdFastBackward<64>); }
-
-struct SsdTasks {
-    int pairs, H, segments, chunks, per_segment;
-    bool chained;  // a segment's state comes from the task before it, else all borders are known
-};
-// A chunk of a task; next() goes on to the next chunk of this block, in sweep order.
-template <bool kReverse>
-struct SsdPlace {
-    int task, pair, b, h, segment, chunk, first, last;
-    __device__ bool begin(const SsdTasks& n, int t) {
-        task = t;
-        pair = t % n.pairs;
-        b = pair / n.H;
-        h = pair % n.H;
-        segment = kReverse ? n.segments - 1 - t / n.pairs : t / n.pairs;
-        first = segment * n.per_segment;
-        last = min(n.chunks, first + n.per_segment) - 1;
-        chunk = kReverse ? last : first;
-        return t < n.pairs * n.segments;
-    }
-    __device__ bool at_end() const { return chunk == (kReverse ? first : last); }
-    __device__ bool next(const SsdTasks& n) {
-        if (at_end()) return begin(n, task + int(gridDim.x));
-        chunk += kReverse ? -1 : 1;
-        return true;
-    }
-};
-
-__device__ inline void copy16(bf16* to, const bf16* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(inside ? 16 : 0)
-                 : "memory");
-}
-// Copies a (q, 8 columns of 8) tile, 2 pieces of 16 bytes per thread.
-__device__ inline void fetch_narrow(bf16* tile, const bf16* from, int64 ld, int valid) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        const int r = int(threadIdx.x) / 8 + 32 * k, c = int(threadIdx.x) % 8 * 8;
-        copy16(tile + r * (kFastP + 8) + c, from + (r < valid ? r * ld : 0) + c, r < valid);
-    }
-}
-// Copies a (q,N) tile. A thread brings both halves of the pairs that it will turn: no barrier between.
-template <int N>
-__device__ inline void fetch_pairs(bf16* tile, const bf16* from, int64 ld, int valid) {
-#pragma unroll
-    for (int k = 0; k < N / 64; ++k) {
-        const int r = int(threadIdx.x) / (N / 16) + k * (4096 / N), j = int(threadIdx.x) % (N / 16) * 8;
-        const bf16* p = from + (r < valid ? r * ld : 0) + j;
-        copy16(tile + r * (N + 8) + j, p, r < valid);
-        copy16(tile + r * (N + 8) + j + N / 2, p + N / 2, r < valid);
-    }
-}
-__device__ inline void rotate8(bf16* lo, bf16* hi, const float (&c)[8], const float (&s)[8]) {
-    float a[8], b[8], ra[8], rb[8];
-    load<8>(a, lo);
-    load<8>(b, hi);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        ra[i] = a[i] * c[i] - b[i] * s[i];
-        rb[i] = b[i] * c[i] + a[i] * s[i];
-    }
-    store<8>(lo, ra);
-    store<8>(hi, rb);
-}
-// Turns what this thread has fetched of C and B; one of them may be null.
-template <int N>
-__device__ inline void rotate_fetched(bf16* C, bf16* B, const SsdFast<N>& m) {
-#pragma unroll
-    for (int k = 0; k < N / 64; ++k) {
-        const int r = int(threadIdx.x) / (N / 16) + k * (4096 / N), j = int(threadIdx.x) % (N / 16) * 8;
-        float c[8], s[8];
-#pragma unroll
-        for (int h = 0; h < 8; h += 4) {
-            float c4[4], s4[4];
-            load<4>(c4, m.cos + m.angle(r, j + h));
-            load<4>(s4, m.sin + m.angle(r, j + h));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                c[h + i] = c4[i];
-                s[h + i] = s4[i];
-            }
-        }
-        const int at = r * (N + 8) + j;
-        if (C) rotate8(C + at, C + at + N / 2, c, s);
-        if (B) rotate8(B + at, B + at + N / 2, c, s);
-    }
-}
-// The table of angles of the positions 0 .. q (all zero without RoPE).
-template <int N>
-__device__ inline void fill_angles(SsdFast<N>& m, const SsdRope& rope) {
-    for (int i = int(threadIdx.x); i < (kChunk + 1) * N / 2; i += int(blockDim.x)) {
-        const int at = m.angle(i / (N / 2), i % (N / 2));
-        m.cos[at] = rope.cos ? rope.cos[i] : 1.0f;
-        m.sin[at] = rope.cos ? rope.sin[i] : 0.0f;
-    }
-}
-// Turns the rows of an accumulator: v[j], v[j + N/2] by angle j. f(h, j, c, s) gives the cosines and sines of j and
-// j + 1 for the row lane/4 + 8 h.
-template <int NT, class F>
-__device__ inline void rotate_rows(Accumulator<NT>& v, float sign, F f) {
-#pragma unroll
-    for (int t = 0; t < NT / 2; ++t)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float c[2], s[2];
-            f(h, 8 * t + acc_col(), c, s);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float &a = v.v[t][2 * h + i], &b = v.v[t + NT / 2][2 * h + i];
-                const float ra = a * c[i] - sign * b * s[i], rb = b * c[i] + sign * a * s[i];
-                a = ra;
-                b = rb;
-            }
-        }
-}
-// Sums over the columns of acc o rows: s[0] of row lane/4, s[1] of row lane/4 + 8, this thread's part.
-template <int NT>
-__device__ inline void row_dots(float (&s)[2], const Accumulator<NT>& acc, const Rows<bf16, 8 * NT>& rows) {
-    s[0] = s[1] = 0;
-#pragma unroll
-    for (int k = 0; k < NT / 2; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float* v = &acc.v[2 * k + i / 2][i % 2 * 2];
-            const float lo = __uint_as_float(rows.r[k][i] << 16), hi = __uint_as_float(rows.r[k][i] & 0xFFFF0000u);
-            s[i % 2] += v[0] * lo + v[1] * hi;
-        }
-}
-// 16 rows of (f o x)^T: columns of x (q tokens, rows `ld` apart), each token scaled by its f.
-__device__ inline void load_scaled_transposed(Rows<bf16, kChunk>& a, const bf16* x, int ld, const float* f) {
-    const int r = lane_id() % 8, m = lane_id() / 8;
-    const bf16* p = x + (r + m / 2 * 8) * ld + m % 2 * 8;
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-        load_matrices<true>(a.r[k], p + 16 * k * ld);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float w[2];
-            load<2>(w, f + 16 * k + i / 2 * 8 + acc_col());
-            a.r[k][i] = Rows<bf16, kChunk>::pack(w[0] * __uint_as_float(a.r[k][i] << 16),
-                                                 w[1] * __uint_as_float(a.r[k][i] & 0xFFFF0000u));
-        }
-    }
-}
-// Writes 16 rows of an accumulator, rows `ld` apart, those before `valid`.
-template <int NT>
-__device__ inline void write_rows(bf16* to, int64 ld, const Accumulator<NT>& acc, int valid) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int r = acc_row() + 8 * h;
-        if (r < valid)
-#pragma unroll
-            for (int t = 0; t < NT; ++t) store2(to + r * ld + 8 * t + acc_col(), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
-    }
-}
-// One warp's 16 rows of a state, as it enters and leaves: fp32, in position 0's frame.
-template <int N>
-__device__ inline void read_state(Accumulator<N / 8>& state, const float* from, int row, const SsdRope& rope,
-                                  int64 position) {
-    state.zero();
-    if (!from) return;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int t = 0; t < N / 8; ++t) {
-            const float2 f =
-                __ldcg(reinterpret_cast<const float2*>(from + (row + acc_row() + 8 * h) * N + 8 * t + acc_col()));
-            state.v[t][2 * h] = f.x;
-            state.v[t][2 * h + 1] = f.y;
-        }
-    if (rope.cos)
-        rotate_rows(state, -1.0f, [&](int, int j, float(&c)[2], float(&s)[2]) {
-            load<2>(c, rope.cos + position * (N / 2) + j);
-            load<2>(s, rope.sin + position * (N / 2) + j);
-        });
-}
-template <int N>
-__device__ inline void write_state(float* to, Accumulator<N / 8> state, int row, const SsdRope& rope, int64 position) {
-    if (rope.cos)
-        rotate_rows(state, 1.0f, [&](int, int j, float(&c)[2], float(&s)[2]) {
-            load<2>(c, rope.cos + position * (N / 2) + j);
-            load<2>(s, rope.sin + position * (N / 2) + j);
-        });
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int t = 0; t < N / 8; ++t)
-            store2(to + (row + acc_row() + 8 * h) * N + 8 * t + acc_col(), state.v[t][2 * h], state.v[t][2 * h + 1]);
-}
-// A warp's note to the warp of the next segment's task that goes on with its rows.
-__device__ inline void leave_note(int* flag) {
-    __syncwarp();  // all lanes have written
-    if (lane_id() == 0) {
-        __threadfence();
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
-    }
-}
-__device__ inline void await_note(const int* flag) {
-    int there = 0;
-    while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
-    __syncwarp();
-}
-// All warps of the block, each wherever it is in the program.
-__device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 // One warp: dt and dA of a chunk, then the vectors. The loads are begun early and used late.
 struct SsdSteps {
     float dt[2], dA[2];
+    // at: of the first token's in all_dt and all_dA, H apart from token to token
     __device__ void load(const float* all_dt, const float* all_dA, int64 at, int64 H, int valid) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -2546,14 +1859,719 @@ struct SsdSteps {
         }
     }
 };
-// g (16 rows t from `row` on, 32 columns s from `col` on) times decay(t,s) dt_s
-__device__ inline void weigh(Accumulator<4>& g, const SsdVectors& v, int row, int col) {
+// decay(t,s): subtract, mask, then exp
+__device__ inline float chunk_decay(const SsdVectors& v, int t, int s) {
+    return s <= t ? exp2_fast(v.log2_cs[t] - v.log2_cs[s]) : 0.0f;
+}
+
+// A warp's units of the state, in the accumulators of its threads, and the state in memory: as an operand in shared
+// memory (tile), and as a matrix (real_P, real_N).
+template <class A, int SU>
+struct SsdState {
+    Accumulator<4> unit[SU];
+    A* tile;
+    int ld, units, strips, real_P, real_N;
+    __device__ SsdState(A* tile_, const SsdTiles& t, const SsdShape& n)
+        : tile(tile_),
+          ld(t.N + kTilePad<A>),
+          units(t.P / 16 * (t.N / 32)),
+          strips(t.P / 16),
+          real_P(int(n.P)),
+          real_N(int(n.N)) {}
+    // Calls f(whether it is one of the matrix, its element there, its place in the tile, value 0, value 1) for each pair
+    // of neighbours that this thread has.
+    template <class F>
+    __device__ void for_pairs(F f) {
+#pragma unroll
+        for (int i = 0; i < SU; ++i) {
+            const int u = int(threadIdx.x) / 32 + kSsdWarps * i;
+            if (u < units)
+#pragma unroll
+                for (int t = 0; t < 4; ++t)
+#pragma unroll
+                    for (int j = 0; j < 4; j += 2) {
+                        const int p = u % strips * 16 + acc_row() + 4 * j, k = u / strips * 32 + 8 * t + acc_col();
+                        f(p < real_P && k < real_N, p * real_N + k, p * ld + k, unit[i].v[t][j], unit[i].v[t][j + 1]);
+                    }
+        }
+    }
+    __device__ void begin(const float* from) {  // null: zero
+        for_pairs([&](bool inside, int at, int tile_at, float& s0, float& s1) {
+            s0 = from && inside ? from[at] : 0.0f;
+            s1 = from && inside ? from[at + 1] : 0.0f;
+            store2(tile + tile_at, s0, s1);
+        });
+    }
+    template <class B>
+    __device__ void write(B* to) {
+        for_pairs([&](bool inside, int at, int, float& s0, float& s1) {
+            if (inside) store2(to + at, s0, s1);
+        });
+    }
+    // state = all state + left^T right, of tiles of q tokens
+    __device__ void update(float all, const A* left, int ld_left, const A* right, int q) {
+#pragma unroll
+        for (int i = 0; i < SU; ++i) {
+            const int u = int(threadIdx.x) / 32 + kSsdWarps * i;
+            if (u >= units) continue;
+            unit[i].scale_rows(all, all);
+            multiply<Layout::transposed, Layout::plain>(unit[i], left + u % strips * 16, ld_left,
+                                                        right + u / strips * 32, ld, q);
+        }
+        for_pairs([&](bool, int, int tile_at, float& s0, float& s1) { store2(tile + tile_at, s0, s1); });
+    }
+};
+
+// Writes an output unit of 16 rows and 32 columns to a matrix with rows `ld` apart.
+template <class A>
+__device__ inline void write_unit(A* to, int64 ld, const Accumulator<4>& acc, int row, int col, int valid, int width) {
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            const int r = row + acc_row() + 4 * j, c = col + 8 * t + acc_col();
+            if (r < valid && c < width) store2(to + r * ld + c, acc.v[t][j], acc.v[t][j + 1]);
+        }
+}
+// x_t *= f_t, columns of P numbers. All threads.
+template <class A>
+__device__ inline void scale_tokens(A* x, int ld, const float* f, int q, int P) {
+    for (int i = 2 * int(threadIdx.x); i < q * P; i += 2 * kSsdThreads) {
+        const int t = i / P, p = i % P;
+        float v[2];
+        load<2>(v, x + t * ld + p);
+        store2(x + t * ld + p, f[t] * v[0], f[t] * v[1]);
+    }
+}
+
+// The steps of one chunk, in the letters of docs/ssd.md:
+//     G   = M o C B^T dt              (q,q)      rows in strips of 16, columns in groups of 32; nothing above the diagonal
+//     Y   = from_in S_in C + G X      (q,P)
+//     S   = exp(cs_last) S + (to_end dt X)^T B   (P,N)
+template <class A, int SU>
+__global__ void __launch_bounds__(kSsdThreads, 1)
+    ssd_forward_kernel(A* Y, float* S_T, A* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
+                       const float* dA, const float* S_0, SsdRope rope, SsdShape n, SsdTiles tiles) {
+    const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
+    const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
+    const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
+    extern __shared__ __align__(16) unsigned char shared[];
+    A* C = reinterpret_cast<A*>(shared);  // (q,N)
+    A* Bt = C + q * ldn;                  // (q,N)
+    A* X = Bt + q * ldn;                  // (q,P)
+    A* Xs = X + q * ldp;                  // (q,P) to_end dt X
+    A* S = Xs + q * ldp;                  // (P,N) the state as an operand
+    A* G = S + P * ldn;                   // (q,q)
+    SsdVectors& v = *reinterpret_cast<SsdVectors*>(G + q * ldq);
+
+    const int warp = int(threadIdx.x) / 32;
+    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
+    SsdState<A, SU> state(S, tiles, n);
+    state.begin(S_0 ? S_0 + bh * PN : nullptr);
+    for (int64 chunk = 0; chunk < chunks; ++chunk) {
+        const int64 t0 = chunk * q, row0 = b * n.T + t0;
+        const int valid = int(min(int64(q), n.T - t0));
+        load_tile(C, ldn, sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        load_tile(Bt, ldn, sb + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        load_tile(X, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
+        load_tile(Xs, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
+        if (warp == 0) {
+            SsdSteps steps;
+            steps.load(dt, dA, row0 * n.H + h, n.H, valid);
+            steps.write(v);
+        }
+        if (chunk_states) state.write(chunk_states + (bh * chunks + chunk) * PN);
+        copies_done();
+        __syncthreads();  // tiles, vectors and the state operand are complete
+        if (rope.cos) {
+            rotate_tile(C, ldn, rope, rope.before.get() + t0, valid, real_N);
+            rotate_tile(Bt, ldn, rope, rope.before.get() + t0, valid, real_N);
+        }
+        scale_tokens(Xs, ldp, v.into, q, P);
+        __syncthreads();  // C and B are turned, Xs is complete
+        for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
+            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
+            if (col > row) continue;  // wholly above the diagonal (row and col are not read there)
+            Accumulator<4> g;
+            g.zero();
+            multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+#pragma unroll
+                for (int j = 0; j < 4; j += 2) {
+                    const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
+                    store2(G + r * ldq + s, chunk_decay(v, r, s) * g.v[t][j] * v.step[s],
+                           chunk_decay(v, r, s + 1) * g.v[t][j + 1] * v.step[s + 1]);
+                }
+        }
+        __syncthreads();  // G is complete
+        for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
+            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
+            Accumulator<4> y;
+            y.zero();
+            multiply<Layout::plain, Layout::transposed>(y, C + row * ldn, ldn, S + col * ldn, ldn, N);
+            y.scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
+            multiply<Layout::plain, Layout::plain>(y, G + row * ldq, ldq, X + col, ldp, row + 16);
+            write_unit(Y + (row0 * n.H + h) * real_P, n.H * real_P, y, row, col, valid, real_P);
+        }
+        __syncthreads();  // the state operand has been read
+        state.update(v.from_in[q - 1], Xs, ldp, Bt, q);
+        __syncthreads();  // all tiles and vectors have been read
+    }
+    if (S_T) state.write(S_T + bh * PN);
+}
+
+// The chunks in reverse; dS, in registers, is the gradient of S_out, then of S_in:
+//     E    = dY X^T;  MG = M o C B^T;  ME = M o E dt                                   (q,q)
+//     dB   = to_end dt X dS + ME^T C                                                   (q,N)
+//     dXd  = to_end B dS^T + MG^T dY;   dX = dt dXd;  ddt = X . dXd                    (q,P)
+//     dC   = from_in dY S_in + ME B                                                    (q,N)
+//     dS   = exp(cs_last) dS + (from_in dY)^T C                                        (P,N)
+//     dcs_t = C_t . dC_t - B_t . dB_t;   ddA_u = sum_{t>=u} dcs_t + <S_out, dS>
+//     <S_out, dS> = exp(cs_last) <S_in, dS> + sum_s B_s . (the state's part of dB_s)
+// The dot products use dC and dB in fp32, before they are rounded to A. Sums over the columns of a row come from
+// several units: each writes its own part, and they are added up in order. A unit does not hold both numbers of a
+// pair: dC and dB are left as gradients of the turned C and B, and the kernel of section 5 turns them back.
+template <class A, int SU>
+__global__ void __launch_bounds__(kSsdThreads, 1)
+    ssd_backward_kernel(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
+                        const A* sc, const A* sb, const A* sx, const float* dt, const float* dA, const A* chunk_states,
+                        SsdRope rope, SsdShape n, SsdTiles tiles) {
+    const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
+    const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
+    const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
+    extern __shared__ __align__(16) unsigned char shared[];
+    A* C = reinterpret_cast<A*>(shared);  // (q,N)
+    A* Bt = C + q * ldn;                  // (q,N)
+    A* X = Bt + q * ldn;                  // (q,P)
+    A* dy = X + q * ldp;                  // (q,P)
+    A* S = dy + q * ldp;                  // (P,N) S_in as an operand
+    A* dS = S + P * ldn;                  // (P,N) dS as an operand
+    A* MG = dS + P * ldn;                 // (q,q)
+    A* ME = MG + q * ldq;                 // (q,q)
+    SsdVectors& v = *reinterpret_cast<SsdVectors*>(ME + q * ldq);
+    float* C_dC = reinterpret_cast<float*>(&v + 1);  // (N/32, q) parts of C_t . dC_t
+    float* B_dB = C_dC + N / 32 * q;                 // (N/32, q)
+    float* X_dXd = B_dB + N / 32 * q;                // (P/32, q)
+    float* S_dot_dS = X_dXd + P / 32 * q;            // (8) parts of <S_out, dS>, one per warp
+
+    const int warp = int(threadIdx.x) / 32;
+    const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
+    SsdState<A, SU> state(dS, tiles, n);
+    // Row sums of an output unit times the tile it belongs to, over the unit's 32 columns, into part[row].
+    const auto row_dots = [&](float* part, const Accumulator<4>& acc, const A* tile, int ld, int row, int col) {
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            const int r = row + acc_row() + 4 * j;
+            float s = 0;
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                float f[2];
+                load<2>(f, tile + r * ld + col + 8 * t + acc_col());
+                s += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
+            }
+            s = quad_sum(s);
+            if (lane_id() % 4 == 0) part[r] = s;
+        }
+    };
+    state.begin(dS_T ? dS_T + bh * PN : nullptr);
+    for (int64 chunk = chunks - 1; chunk >= 0; --chunk) {
+        const int64 t0 = chunk * q, row0 = b * n.T + t0;
+        const int valid = int(min(int64(q), n.T - t0));
+        const int64 c0 = row0 * n.ld + h * real_N, x0 = row0 * n.ld + h * real_P;
+        load_tile(C, ldn, sc + c0, n.ld, valid, q, real_N, N);
+        load_tile(Bt, ldn, sb + c0, n.ld, valid, q, real_N, N);
+        load_tile(X, ldp, sx + x0, n.ld, valid, q, real_P, P);
+        load_tile(dy, ldp, dY + (row0 * n.H + h) * real_P, n.H * real_P, valid, q, real_P, P);
+        if (warp == 0) {
+            SsdSteps steps;
+            steps.load(dt, dA, row0 * n.H + h, n.H, valid);
+            steps.write(v);
+        }
+        float from_in_dot = 0, new_dot = 0;  // this thread's parts of <S_in, dS> and of the sum over B_s . dB_s
+        state.for_pairs([&](bool inside, int at, int tile_at, float& s0, float& s1) {
+            float s[2] = {0, 0};
+            if (inside) load<2>(s, chunk_states + (bh * chunks + chunk) * PN + at);
+            from_in_dot += s[0] * s0 + s[1] * s1;
+            store2(S + tile_at, s[0], s[1]);
+        });
+        copies_done();
+        __syncthreads();  // tiles, vectors, S and dS are complete
+        if (rope.cos) {
+            const int64 position = rope.before.get() + t0;
+            rotate_tile(C, ldn, rope, position, valid, real_N);
+            rotate_tile(Bt, ldn, rope, position, valid, real_N);
+            __syncthreads();  // C and B are turned
+        }
+        for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
+            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32;
+            Accumulator<4> g, e;
+            g.zero();
+            e.zero();
+            if (col <= row + 15) {
+                multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
+                multiply<Layout::plain, Layout::transposed>(e, dy + row * ldp, ldp, X + col * ldp, ldp, P);
+            }
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+#pragma unroll
+                for (int j = 0; j < 4; j += 2) {
+                    const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
+                    const float m0 = chunk_decay(v, r, s), m1 = chunk_decay(v, r, s + 1);
+                    store2(MG + r * ldq + s, m0 * g.v[t][j], m1 * g.v[t][j + 1]);
+                    store2(ME + r * ldq + s, m0 * e.v[t][j] * v.step[s], m1 * e.v[t][j + 1] * v.step[s + 1]);
+                }
+        }
+        __syncthreads();  // MG and ME are complete
+        // The rows of an output strip meet rows t >= row of MG and ME (transposed products) or columns s <= row +
+        // 15.
+        for (int u = warp; u < q / 16 * (N / 32); u += kSsdWarps) {
+            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
+            Accumulator<4> acc;
+            acc.zero();  // dB
+            multiply<Layout::plain, Layout::plain>(acc, X + row * ldp, ldp, dS + col, ldn, P);
+            acc.scale_rows(v.into[r0], v.into[r1]);
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+#pragma unroll
+                for (int j = 0; j < 4; j += 2) {
+                    float f[2];
+                    load<2>(f, Bt + (r0 + 4 * j) * ldn + col + 8 * t + acc_col());
+                    new_dot += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
+                }
+            multiply<Layout::transposed, Layout::plain>(acc, ME + row * ldq + row, ldq, C + row * ldn + col, ldn,
+                                                        q - row);
+            row_dots(B_dB + col / 32 * q, acc, Bt, ldn, row, col);
+            write_unit(dsb + c0, n.ld, acc, row, col, valid, real_N);
+            acc.zero();  // dC
+            multiply<Layout::plain, Layout::plain>(acc, dy + row * ldp, ldp, S + col, ldn, P);
+            acc.scale_rows(v.from_in[r0], v.from_in[r1]);
+            multiply<Layout::plain, Layout::plain>(acc, ME + row * ldq, ldq, Bt + col, ldn, row + 16);
+            row_dots(C_dC + col / 32 * q, acc, C, ldn, row, col);
+            write_unit(dsc + c0, n.ld, acc, row, col, valid, real_N);
+        }
+        for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
+            const int row = u % (q / 16) * 16, col = u / (q / 16) * 32, r0 = row + acc_row(), r1 = r0 + 8;
+            Accumulator<4> acc;
+            acc.zero();  // dXd
+            multiply<Layout::plain, Layout::transposed>(acc, Bt + row * ldn, ldn, dS + col * ldn, ldn, N);
+            acc.scale_rows(v.to_end[r0], v.to_end[r1]);
+            multiply<Layout::transposed, Layout::plain>(acc, MG + row * ldq + row, ldq, dy + row * ldp + col, ldp,
+                                                        q - row);
+            row_dots(X_dXd + col / 32 * q, acc, X, ldp, row, col);
+            acc.scale_rows(v.step[r0], v.step[r1]);
+            write_unit(dsx + x0, n.ld, acc, row, col, valid, real_P);
+        }
+        const float part = warp_sum(v.from_in[q - 1] * from_in_dot + new_dot);
+        if (lane_id() == 0) S_dot_dS[warp] = part;
+        __syncthreads();  // dS, S and dy have been read, the dot products are complete
+        if (warp == 0) {
+            float later = 0;  // <S_out, dS>, then also the dcs of the tokens after this lane's
+            for (int w = 0; w < kSsdWarps; ++w) later += S_dot_dS[w];
+            for (int first = q - 32; first >= 0; first -= 32) {
+                const int t = first + lane_id();
+                float sum = 0, xdx = 0;
+                for (int i = 0; i < N / 32; ++i) sum += C_dC[i * q + t] - B_dB[i * q + t];
+                for (int i = 0; i < P / 32; ++i) xdx += X_dXd[i * q + t];
+                for (int d = 1; d < 32; d *= 2) {
+                    const float right = __shfl_down_sync(~0u, sum, d);
+                    if (lane_id() + d < 32) sum += right;
+                }
+                sum += later;
+                later = __shfl_sync(~0u, sum, 0);
+                if (t < valid) {
+                    ddt[(row0 + t) * n.H + h] = xdx;
+                    ddA[(row0 + t) * n.H + h] = sum;
+                }
+            }
+        }
+        scale_tokens(dy, ldp, v.from_in, q, P);  // from_in dY, in place
+        __syncthreads();                         // it is complete
+        state.update(v.from_in[q - 1], dy, ldp, C, q);
+        __syncthreads();  // all tiles and vectors have been read
+    }
+    if (dS_0) state.write(dS_0 + bh * PN);
+}
+// ---- 7d  Chunked, for bf16 with P = 64 and N = 64 or 128 --------------------------------------------------------------
+// The same equations as 7c, arranged so that the chip is never without work. One block per multiprocessor; all of a
+// chunk's work lies between two barriers: tiles, the state as an operand and the vectors exist twice or three times, and
+// during a chunk the tiles of those that follow arrive and are turned (RoPE). No q x q matrix goes through shared memory:
+// a warp's 16 rows of G leave one product in its accumulators and enter the next as its left operand (Rows). Warps have
+// roles, so that their different work overlaps:
+//
+//     warps 0-3     16 tokens each, as rows of the (q,q) matrices that are summed over later (forward: earlier) tokens
+//     warps 4-7     16 rows of the state each, in fp32 accumulators; in the backward also the rows of dC
+//     warps 8-11    of the forward: bring the tiles and turn them (in the backward all do)
+//
+// The forward's products are those of section 6a, by wgmma or mma.sync (team).
+//
+// ROPE. Products of C and B see differences of positions only. So positions are counted from the chunk's first token,
+// and the angles are the same for all chunks: a table of q rows in shared memory. The state turns along: it is kept
+// as S_local, its rows turned back by the angle of the chunk's first position, and turned by q positions more from chunk
+// to chunk. States that enter or leave (S_0, S_T and `borders`) are turned to position 0's frame, chunk_states stay
+// local.
+//
+// EQUAL SHARES. All chunks of all pairs, one pair after the other, each in the order of the sweep, are cut into as many
+// equal ranges as there are blocks. A block goes through the pairs of its range from the last to the first: it brings a
+// pair as far as its range goes and leaves the state in `borders` for the next block, which comes to the rest of that
+// pair at its end. With at least as many pairs as blocks the state is there by then (chained: a flag per warp tells).
+// With fewer, ssd_states_kernel has made the states at all borders before. The backward with many pairs has tasks
+// instead (segment, pair), ordered by segment, of which block b works on b, b + blocks, ...; a task waits for an earlier
+// one only. Whoever waits is launched cooperatively: all blocks run at once, so there is no deadlock.
+//
+// Per chunk and head at N 128: reads 42 KB, writes Y 8 KB and S_in 16 KB (bf16); 4.2 M operations. Backward: reads
+// 66 KB, writes 41 KB, 9 M operations.
+
+static constexpr int kFastP = 64, kForwardThreads = 384;
+
+// What is known of a chunk's ddt and ddA: row sums, and parts of <S_out, dS>.
+struct SsdDots {
+    float C_dC[kChunk], B_dB[kChunk], X_dXd[kChunk], S_dS[8];
+};
+// The cosines and sines of the positions 0 .. q.
+template <int N>
+struct SsdAngles {
+    static constexpr int half = N / 2, ld = half + 8;
+    float cos[(kChunk + 1) * ld], sin[(kChunk + 1) * ld];
+    // Where angle j of a row is: groups of 4, the even ones first, so that neither of the two ways to read them (8
+    // neighbours per thread, or as accumulators lie) meets a bank twice.
+    static __device__ unsigned at(unsigned row, unsigned j) {
+        return row * ld + j / 8 * 4 + j / 4 % 2 * (half / 2 + 4) + j % 4;
+    }
+    __device__ void fill(const SsdRope& rope) {  // no turn at all without RoPE
+        for (int i = int(threadIdx.x); i < (kChunk + 1) * half; i += int(blockDim.x)) {
+            cos[at(i / half, i % half)] = rope.cos ? rope.cos[i] : 1.0f;
+            sin[at(i / half, i % half)] = rope.cos ? rope.sin[i] : 0.0f;
+        }
+    }
+};
+// Tiles (q,N), also (P,N), and (q,P).
+template <int N, int team>
+using SsdWide = Tile<bf16, kChunk, N, team>;
+template <int team>
+using SsdNarrow = Tile<bf16, kChunk, kFastP, team>;
+// Where an element lies: Tile::at without signs, of which the compiler would make much.
+template <int kCols>
+__device__ inline unsigned spot(Tile<bf16, kChunk, kCols, 1> t, unsigned r, unsigned c) {
+    return r * t.ld + c;
+}
+template <int kCols>
+__device__ inline unsigned spot(Tile<bf16, kChunk, kCols, 4> t, unsigned r, unsigned c) {
+    return c / 64 * t.panel + r * t.ld + ((c / 8 ^ r) % 8 * 8 | c % 8);
+}
+// Shared memory of the three kernels; the first is what all have.
+template <int N, int team, int kStages>
+struct SsdShared {
+    static constexpr int stages = kStages;
+    alignas(1024) bf16 B[kStages][SsdWide<N, team>::size];
+    alignas(1024) bf16 X[kStages][SsdNarrow<team>::size];
+    SsdAngles<N> angles;
+    SsdVectors vectors[2];
+};
+template <int N, int team>
+struct SsdForwardShared : SsdShared<N, team, 3> {
+    alignas(1024) bf16 C[3][SsdWide<N, team>::size];
+    alignas(1024) bf16 S[2][SsdWide<N, team>::size];  // the state as an operand
+};
+template <int N>
+struct SsdBackwardShared : SsdShared<N, 1, 2> {
+    bf16 C[2][SsdWide<N, 1>::size], dY[2][SsdNarrow<1>::size], S[2][SsdWide<N, 1>::size];  // S: S_in
+    bf16 dS[2][SsdWide<N, 1>::size];
+    SsdDots dots[2];
+};
+static size_t ssd_fast_shared(int64 N) {
+    return N == 128 ? std::max(sizeof(SsdBackwardShared<128>), sizeof(SsdForwardShared<128, 1>))
+                    : std::max(sizeof(SsdBackwardShared<64>), sizeof(SsdForwardShared<64, 1>));
+}
+
+// How the work is cut: into a range per block, or (segments > 0) into tasks. chained: a state at a border comes from the
+// block that was there before, else all are known.
+struct SsdTasks {
+    int pairs, H, T, chunks, blocks;
+    bool chained;
+    int segments, per_segment;
+    bool cut() const {
+        return segments > 0 ? segments > 1 : pairs % blocks != 0;
+    }  // whether there are borders in pairs
+    bool together() const { return chained && cut(); }
+    int64 slots() const { return segments > 0 ? int64(pairs) * segments : blocks + 1; }  // of states at borders
+    __device__ int64 range(int i, int ranges) const { return int64(pairs) * chunks * i / ranges; }
+};
+// A chunk of a block's work, in the order of the sweep: `step` of `pair`, before `end`, where this piece of work ends. row:
+// the chunk's first token among those of all sequences. border: where the state at the beginning of the piece is.
+template <bool kReverse>
+struct SsdPlace {
+    int64 row;
+    int piece, last, pair, h, step, end, chunk, border;  // piece, last: the task or pair, and the one to end with
+    __device__ static bool tasks(const SsdTasks& n) { return kReverse && n.segments > 0; }  // or ranges
+    __device__ SsdPlace(const SsdTasks& n) {
+        const int block = int(blockIdx.x), blocks = int(gridDim.x);
+        last = tasks(n) ? n.pairs * n.segments - 1 : int(n.range(block, blocks) / n.chunks);
+        begin(n, tasks(n) ? block : int((n.range(block + 1, blocks) - 1) / n.chunks));
+    }
+    __device__ void begin(const SsdTasks& n, int p) {
+        piece = p;
+        if (tasks(n)) {
+            pair = p % n.pairs;
+            step = p / n.pairs * n.per_segment;
+            end = min(n.chunks, step + n.per_segment);
+            border = pair * n.segments + p / n.pairs;
+        } else {
+            const int64 zero = int64(p) * n.chunks;
+            pair = p;
+            step = int(max(n.range(int(blockIdx.x), int(gridDim.x)) - zero, int64(0)));
+            end = int(min(n.range(int(blockIdx.x) + 1, int(gridDim.x)) - zero, int64(n.chunks)));
+            border = int(blockIdx.x);
+        }
+        h = pair % n.H;
+        chunk = kReverse ? n.chunks - 1 - step : step;
+        row = pair / n.H * int64(n.T) + time();
+    }
+    __device__ int time() const { return chunk * kChunk; }
+    __device__ int valid(const SsdTasks& n) const { return min(kChunk, n.T - time()); }
+    __device__ bool at_end() const { return step + 1 == end; }
+    __device__ bool next(const SsdTasks& n) {
+        if (!at_end()) {
+            ++step;
+            chunk += kReverse ? -1 : 1;
+            row += kReverse ? -kChunk : kChunk;
+            return true;
+        }
+        const int p = tasks(n) ? piece + int(gridDim.x) : piece - 1;
+        if (tasks(n) ? p > last : p < last) return false;
+        begin(n, p);
+        return true;
+    }
+};
+
+// The same number, but the compiler does not know that it stays the same from chunk to chunk: addresses made from it are
+// made anew, where keeping them all would take more registers than there are.
+__device__ inline int fresh(int x) {
+    asm volatile("" : "+r"(x));
+    __builtin_assume(x >= 0);
+    return x;
+}
+__device__ inline void copy16(bf16* to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+// Copies a (q, kCols) tile, rows past `valid` become zero. A thread brings 16 bytes of the left half and those of the right
+// half that RoPE pairs them with, so that it can turn what it has copied without a barrier between.
+template <int kThreads, int kCols, int team>
+__device__ inline void fetch_tile(int thread, Tile<bf16, kChunk, kCols, team> to, bf16* tile, const bf16* from,
+                                  int64 ld, int valid) {
+    constexpr unsigned half = kCols / 2, per_row = kCols / 16, rows = kThreads / per_row;
+    const unsigned i = unsigned(fresh(thread)), r0 = i / per_row, stride = unsigned(ld) * 2;
+    const unsigned j = i % per_row * 8 + (kCols == 64 ? r0 % 2 * half : 0);  // other banks for odd rows
+    const char* left = reinterpret_cast<const char*>(from + j);
+    const char* right = reinterpret_cast<const char*>(from + (j ^ half));
+#pragma unroll
+    for (unsigned r = r0, k = 0; k < kChunk / rows; ++k, r += rows) {
+        const unsigned row = min(r, unsigned(valid) - 1);  // what is not read is none the less a place that there is
+        copy16(tile + spot(to, r, j), left + uint64_t(row) * stride, row == r);
+        copy16(tile + spot(to, r, j ^ half), right + uint64_t(row) * stride, row == r);
+    }
+}
+// Turns what this thread has fetched of one or two tiles.
+template <int kThreads, int N, int team, class... Tiles>
+__device__ inline void rotate_fetched(int thread, const SsdAngles<N>& angles, SsdWide<N, team> at, Tiles... tiles) {
+    constexpr int per_row = N / 16, rows = kThreads / per_row;
+    const unsigned i = unsigned(fresh(thread)), j = i % per_row * 8;
+#pragma unroll
+    for (int k = 0; k < kChunk / rows; ++k) {
+        const unsigned r = i / per_row + unsigned(k * rows);
+        float c[2][4], s[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            load<4>(c[h], angles.cos + angles.at(r, j + 4 * h));
+            load<4>(s[h], angles.sin + angles.at(r, j + 4 * h));
+        }
+        const auto turn = [&](bf16* lo, bf16* hi) {
+            float a[8], b[8], ra[8], rb[8];
+            load<8>(a, lo);
+            load<8>(b, hi);
+#pragma unroll
+            for (int l = 0; l < 8; ++l) {
+                ra[l] = a[l] * c[l / 4][l % 4] - b[l] * s[l / 4][l % 4];
+                rb[l] = b[l] * c[l / 4][l % 4] + a[l] * s[l / 4][l % 4];
+            }
+            store<8>(lo, ra);
+            store<8>(hi, rb);
+        };
+        (turn(tiles + spot(at, r, j), tiles + spot(at, r, j + N / 2)), ...);
+    }
+}
+// Turns the rows of an accumulator: v[j], v[j + N/2] by angle j. f(h, j, c, s) gives the cosines and sines of j and
+// j + 1 for the row lane/4 + 8 h.
+template <int NT, class F>
+__device__ inline void rotate_rows(Accumulator<NT>& v, float sign, F f) {
+#pragma unroll
+    for (int t = 0; t < NT / 2; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float c[2], s[2];
+            f(h, 8 * t + acc_col(), c, s);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float &a = v.v[t][2 * h + i], &b = v.v[t + NT / 2][2 * h + i];
+                const float ra = a * c[i] - sign * b * s[i], rb = b * c[i] + sign * a * s[i];
+                a = ra;
+                b = rb;
+            }
+        }
+}
+// The same by q positions, for all rows: from a chunk's frame to the next one's, or back.
+template <int N>
+__device__ inline void rotate_frame(Accumulator<N / 8>& v, float sign, const SsdAngles<N>& angles) {
+    rotate_rows(v, sign, [&](int, int j, float(&c)[2], float(&s)[2]) {
+        load<2>(c, angles.cos + angles.at(kChunk, j));
+        load<2>(s, angles.sin + angles.at(kChunk, j));
+    });
+}
+// Sums over the columns of acc o rows: s[0] of row lane/4, s[1] of row lane/4 + 8, this thread's part.
+template <int NT>
+__device__ inline void row_dots(float (&s)[2], const Accumulator<NT>& acc, const Rows<bf16, 8 * NT>& rows) {
+    float odd[2] = {0, 0};
+    s[0] = s[1] = 0;
+#pragma unroll
+    for (int k = 0; k < NT / 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float* v = &acc.v[2 * k + i / 2][i % 2 * 2];
+            s[i % 2] += v[0] * __uint_as_float(rows.r[k][i] << 16);
+            odd[i % 2] += v[1] * __uint_as_float(rows.r[k][i] & 0xFFFF0000u);
+        }
+    s[0] += odd[0];
+    s[1] += odd[1];
+}
+// 16 rows of a tile.
+template <int K, int team>
+__device__ inline void load_rows(Rows<bf16, K>& a, Tile<bf16, kChunk, K, team> at, const bf16* tile, int row) {
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+        load_matrices<false>(a.r[k], tile + spot(at, row + lane_id() % 16, 16 * k + lane_id() / 16 * 8));
+}
+// acc += a b, the tile as it is. What was done to acc and a before is done before wgmma begins: the compiler does not see
+// that its order matters.
+template <int kCols, int K, int NT, int team>
+__device__ inline void accumulate(Accumulator<NT> (&acc)[1], Rows<bf16, K> (&a)[1], Tile<bf16, kChunk, kCols, team> at,
+                                  const bf16* b) {
+    changes_here(acc);
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[0].r[k][i]));
+    product<Layout::plain>(acc, a, at, b, true);
+}
+// acc = rows of tile a times b, as it is or transposed; `row`: the warp's.
+template <Layout lb, int K, int kCols, int NT, int team>
+__device__ inline void product(Accumulator<NT> (&acc)[1], Tile<bf16, kChunk, K, team> ta, const bf16* a, int row,
+                               Tile<bf16, kChunk, kCols, team> tb, const bf16* b) {
+    if constexpr (team == 4) {
+        const uint32_t start_a = ta.start(a), start_b = tb.start(b);
+        wgmma_begin();
+#pragma unroll
+        for (int t = 0; t < NT; t += 8)
+#pragma unroll
+            for (int k = 0; k < K / 16; ++k) {
+                const int at = lb == Layout::plain ? t / 8 * tb.panel + 16 * k * tb.ld
+                                                   : k / 4 * tb.panel + 8 * t * tb.ld + k % 4 * 16;
+                wgmma<lb>(acc[0].v + t, ta.describe(start_a + (k / 4 * ta.panel + k % 4 * 16) / 8),
+                          tb.describe(start_b + at / 8), k > 0);
+            }
+        wgmma_commit();
+    } else {
+        Rows<bf16, K> rows[1];
+        load_rows(rows[0], ta, a, row);
+        product<lb>(acc, rows, tb, b, false);
+    }
+}
+// 16 rows of (f o x)^T: columns of x, each token scaled by its f.
+template <int team>
+__device__ inline void load_scaled_transposed(Rows<bf16, kChunk>& a, SsdNarrow<team> at, const bf16* x, int col,
+                                              const float* f) {
+    const int r = lane_id() % 8, m = lane_id() / 8;
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+        load_matrices<true>(a.r[k], x + spot(at, 16 * k + r + m / 2 * 8, col + m % 2 * 8));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float w[2];
+            load<2>(w, f + 16 * k + i / 2 * 8 + acc_col());
+            a.r[k][i] = Rows<bf16, kChunk>::pack(w[0] * __uint_as_float(a.r[k][i] << 16),
+                                                 w[1] * __uint_as_float(a.r[k][i] & 0xFFFF0000u));
+        }
+    }
+}
+// Writes 16 rows of an accumulator, rows `ld` apart, those before `valid`.
+template <int NT>
+__device__ inline void write_rows(bf16* to, int64 ld, const Accumulator<NT>& acc, int valid) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int r = acc_row() + 8 * h;
+        if (r < valid)
+#pragma unroll
+            for (int t = 0; t < NT; ++t) store2(to + r * ld + 8 * t + acc_col(), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
+    }
+}
+// The same into a tile.
+template <int N, int team>
+__device__ inline void write_rows(SsdWide<N, team> at, bf16* tile, int row, const Accumulator<N / 8>& acc) {
+#pragma unroll
+    for (int t = 0; t < N / 8; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            store2(tile + spot(at, row + acc_row() + 8 * h, 8 * t + acc_col()), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
+}
+// One warp's 16 rows of a state, as it enters and leaves: fp32, in position 0's frame. What has left is of no more use.
+template <int N>
+__device__ inline void rotate_to(Accumulator<N / 8>& state, float sign, const SsdRope& rope, int64 position) {
+    if (rope.cos)
+        rotate_rows(state, sign, [&](int, int j, float(&c)[2], float(&s)[2]) {
+            load<2>(c, rope.cos + position * (N / 2) + j);
+            load<2>(s, rope.sin + position * (N / 2) + j);
+        });
+}
+template <int N>
+__device__ inline void write_state(float* to, Accumulator<N / 8>& state, int row, const SsdRope& rope, int64 position) {
+    rotate_to<N>(state, 1.0f, rope, position);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int t = 0; t < N / 8; ++t)
+            store2(to + (row + acc_row() + 8 * h) * N + 8 * t + acc_col(), state.v[t][2 * h], state.v[t][2 * h + 1]);
+}
+// All warps of the block, each wherever it is in the program.
+__device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
+// Moves registers between the roles, four warps each: how many a thread has from here on. Only with wgmma's instructions.
+template <int team, int count, bool more>
+__device__ inline void set_registers() {
+    if (team == 4 && more) WGMMA(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)));
+    if (team == 4 && !more) WGMMA(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)));
+}
+// A warp's note to the warp of the next block that goes on with its rows.
+__device__ inline void leave_note(int* flag) {
+    __syncwarp();  // all lanes have written
+    if (lane_id() == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+    }
+}
+__device__ inline void await_note(const int* flag) {
+    int there = 0;
+    while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(flag) : "memory");
+    __syncwarp();
+}
+// g (16 rows t from `row` on, columns s from `col` on) times decay(t,s) dt_s
+template <int NT>
+__device__ inline void weigh(Accumulator<NT>& g, const SsdVectors& v, int row, int col) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int t = row + acc_row() + 8 * h;
         const float cs = v.log2_cs[t];
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < NT; ++n) {
             const int s = col + 8 * n + acc_col();
             float from[2];
             load<2>(from, v.log2_from + s);
@@ -2562,140 +2580,239 @@ __device__ inline void weigh(Accumulator<4>& g, const SsdVectors& v, int row, in
         }
     }
 }
-
-template <int N, bool kStateOnly>
-__global__ void __launch_bounds__(kSsdThreads, 1)
-    ssd_forward_fast_kernel(bf16* Y, float* S_T, bf16* chunk_states, const bf16* sc, const bf16* sb, const bf16* sx,
-                            const float* dt, const float* dA, const float* S_0, SsdRope rope, float* borders,
-                            int* flags, float* log_decays, SsdShape n, SsdTasks tasks) {
-    constexpr int P = kFastP, ldn = N + 8, ldp = P + 8;
-    extern __shared__ __align__(16) unsigned char shared[];
-    SsdFast<N>& m = *reinterpret_cast<SsdFast<N>*>(shared);
-    const int warp = int(threadIdx.x) / 32, row = warp % 4 * 16;  // of tokens or of the state
-    const int64 pos0 = rope.before.get();
-    using Place = SsdPlace<false>;
-    Place at;
-    bool more = at.begin(tasks, int(blockIdx.x));
-    if (!more) return;
-    const auto row0 = [&](const Place& p) { return p.b * n.T + int64(p.chunk) * kChunk; };
-    const auto valid = [&](const Place& p) { return int(min(int64(kChunk), n.T - int64(p.chunk) * kChunk)); };
-    const auto position = [&](const Place& p) { return pos0 + int64(p.chunk) * kChunk; };
-    const auto fetch = [&](const Place& p, int turn) {
-        const int64 h = p.h, first = row0(p) * n.ld;
-        const int rows = valid(p);
-        if (!kStateOnly) fetch_pairs<N>(m.C[turn], sc + first + h * N, n.ld, rows);
-        fetch_pairs<N>(m.B[turn], sb + first + h * N, n.ld, rows);
-        fetch_narrow(m.X[turn], sx + first + h * P, n.ld, rows);
-    };
-    const auto load_steps = [&](SsdSteps& s, const Place& p) { s.load(dt, dA, row0(p) * n.H + p.h, n.H, valid(p)); };
-    const auto frame_angles = [&](int, int j, float(&c)[2], float(&s)[2]) {  // from a chunk's frame to the next one's
-        load<2>(c, m.cos + m.angle(kChunk, j));
-        load<2>(s, m.sin + m.angle(kChunk, j));
-    };
-    const auto arrived = [&](int turn) {
-        copies_done();
-        rotate_fetched<N>(kStateOnly ? nullptr : m.C[turn], m.B[turn], m);
-    };
-    fill_angles(m, rope);
+// A warp's rows of the state at the beginning and the end of a pair's part of a range.
+template <int N, bool kReverse>
+__device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdTasks& tasks,
+                             const float* first, const float* borders, const int* flags, int row, const SsdRope& rope) {
+    const float* from = first ? first + int64(at.pair) * kFastP * N : nullptr;
+    if (at.step > 0) {
+        if (tasks.chained) await_note(flags + 4 * at.border + row / 16);
+        from = borders + int64(at.border) * kFastP * N;
+    }
+    state.zero();
+    if (!from) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int t = 0; t < N / 8; ++t) {
+            const float* f = from + (row + acc_row() + 8 * h) * N + 8 * t + acc_col();
+            state.v[t][2 * h] = __ldcg(f);
+            state.v[t][2 * h + 1] = __ldcg(f + 1);
+        }
+    rotate_to<N>(state, -1.0f, rope, rope.before.get() + at.time());
+}
+template <int N, bool kReverse>
+__device__ inline void leave(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdTasks& tasks,
+                             float* last, float* borders, int* flags, int row, const SsdRope& rope) {
+    const int64 position = rope.before.get() + at.time();
+    if (at.end == tasks.chunks) {
+        if (last) write_state<N>(last + int64(at.pair) * kFastP * N, state, row, rope, position);
+    } else if (tasks.chained) {
+        write_state<N>(borders + int64(at.border + 1) * kFastP * N, state, row, rope, position);
+        leave_note(flags + 4 * (at.border + 1) + row / 16);
+    }
+}
+// A block's way through its range; warps of all roles go it in step. Tiles arrive stages - 1 chunks ahead:
+// fetch(place, stage) begins that; work(place, whether more follow, stage, turn, stage of the next) waits for what it has
+// fetched of the next chunk.
+template <int team, int stages, class Place, class Fetch, class Work>
+__device__ inline void ssd_sweep(const SsdTasks& tasks, Place at, Fetch fetch, Work work) {
+    for (int stage = 0, turn = 0;; turn ^= 1) {
+        const int after = stage + 1 == stages ? 0 : stage + 1;
+        if (team == 4) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));  // for wgmma to see it, too:
+        block_barrier();  // this chunk's tiles, vectors and state are complete, all that is older has been read
+        Place ahead = at;
+        const bool more = ahead.next(tasks);
+        if (more && (stages == 2 || ahead.next(tasks))) fetch(ahead, stages == 2 ? after : 3 - stage - after);
+        copies_commit();
+        work(at, more, stage, turn, after);
+        if (!at.next(tasks)) return;
+        stage = after;
+    }
+}
+template <class Place>
+__device__ inline void load_steps(SsdSteps& steps, const float* dt, const float* dA, const Place& p,
+                                  const SsdTasks& n) {
+    steps.load(dt, dA, p.row * n.H + p.h, n.H, p.valid(n));
+}
+template <class Place>
+__device__ inline void load_next_steps(SsdSteps& steps, const float* dt, const float* dA, Place p, const SsdTasks& n) {
+    if (p.next(n)) load_steps(steps, dt, dA, p, n);
+}
+// Before the sweep: the first tiles and vectors.
+template <int stages, int N, class Place, class Fetch, class Arrived>
+__device__ inline void ssd_begin(const SsdTasks& tasks, const Place& at, SsdAngles<N>& angles, const SsdRope& rope,
+                                 SsdVectors& vectors, const float* dt, const float* dA, Fetch fetch, Arrived arrived) {
     fetch(at, 0);
-    if (warp == 0) {
+    copies_commit();
+    if (stages == 3) {
+        Place next = at;
+        if (next.next(tasks)) fetch(next, 1);
+        copies_commit();
+    }
+    angles.fill(rope);
+    if (threadIdx.x < 32) {
         SsdSteps steps;
-        load_steps(steps, at);
-        steps.write(m.vectors[0]);
+        load_steps(steps, dt, dA, at, tasks);
+        steps.write(vectors);
     }
     __syncthreads();  // the angles are there
+    copies_wait<stages - 2>();
     arrived(0);
-    // Calls work(next chunk, turn) for each chunk.
-    const auto sweep = [&](auto work) {
-        for (int turn = 0; more; turn ^= 1) {
-            block_barrier();  // this chunk's tiles, vectors and state are complete; the last one's have been read
-            Place next = at;
-            more = next.next(tasks);
-            if (more) fetch(next, turn ^ 1);
-            work(next, turn);
-            if (more) arrived(turn ^ 1);
-            at = next;
-        }
+}
+
+// What the chunks of a pair in one range add to the state, where the range ends within the pair: states (ranges,P,N) in
+// position 0's frame, and the logarithm of what remains of the state before. forward: fn = B, fp = X; reverse: C and dY.
+// One block of 4 warps per range, a few ranges per block of the sweep. Bound by memory: 24 KB per chunk.
+template <int N, int team, bool kReverse>
+__global__ void __launch_bounds__(128, 2)
+    ssd_states_kernel(float* states, float* log_decays, const bf16* fn, const bf16* fp, int64 ld_p, const float* dt,
+                      const float* dA, SsdRope rope, SsdShape n, SsdTasks tasks) {
+    constexpr int P = kFastP;
+    extern __shared__ __align__(1024) unsigned char ssd_memory[];
+    using Shared = SsdShared<N, team, 3>;
+    Shared& m = *reinterpret_cast<Shared*>(ssd_memory);
+    const SsdWide<N, team> wide;
+    const SsdNarrow<team> narrow;
+    const int thread = int(threadIdx.x), row = int(threadIdx.x / 32 * 16);
+    SsdPlace<kReverse> at(tasks);
+    if (at.end == tasks.chunks) return;
+    at.last = at.pair;
+    const auto fetch = [&](const auto& p, int stage) {
+        fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * n.ld + p.h * N, n.ld, p.valid(tasks));
+        fetch_tile<128>(thread, narrow, m.X[stage], fp + p.row * ld_p + p.h * P, ld_p, p.valid(tasks));
     };
-    if (warp < 4) {
-        sweep([&](const Place& next, int turn) {
-            const SsdVectors& v = m.vectors[turn];
+    const auto arrived = [&](int stage) { rotate_fetched<128, N, team>(thread, m.angles, wide, m.B[stage]); };
+    ssd_begin<Shared::stages>(tasks, at, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
+    Accumulator<N / 8> state[1];
+    state[0].zero();
+    float log_decay = 0;
+    ssd_sweep<team, Shared::stages>(tasks, at, fetch, [&](const auto& here, bool more, int stage, int turn, int after) {
+        const SsdVectors& v = m.vectors[turn];
+        SsdSteps steps;
+        if (row == 0) load_next_steps(steps, dt, dA, here, tasks);
+        Rows<bf16, kChunk> x[1];
+        load_scaled_transposed(x[0], narrow, m.X[stage], row, kReverse ? v.from_in : v.into);
+        const float all = v.from_in[kChunk - 1];
+        log_decay += v.log2_cs[kChunk - 1];
+        state[0].scale_rows(all, all);
+        accumulate(state, x, wide, m.B[stage]);
+        copies_wait<1>();
+        if (more) arrived(after);
+        if (more && row == 0) steps.write(m.vectors[turn ^ 1]);
+        products_wait<team, 0>(state);
+        if (more) rotate_frame<N>(state[0], kReverse ? 1.0f : -1.0f, m.angles);
+        else write_state<N>(states + int64(blockIdx.x) * P * N, state[0], row, rope, rope.before.get() + here.time());
+    });
+    if (threadIdx.x == 0) log_decays[blockIdx.x] = log_decay * kLn2;
+}
+// The states at the borders of the `blocks` ranges from those of the finer ones, `parts` for each. One thread per number
+// of a pair's state; first: S_0, or dS_T.
+__global__ void pass_states_kernel(float* borders, const float* states, const float* log_decays, const float* first,
+                                   int64 PN, int parts, SsdTasks tasks) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= tasks.pairs * PN) return;
+    const int ranges = tasks.blocks * parts;
+    const int64 begin = i / PN * tasks.chunks, end = begin + tasks.chunks;
+    float s = first ? first[i] : 0.0f;
+    int r = int(begin * ranges / (int64(tasks.pairs) * tasks.chunks));  // the range that the pair begins in
+    while (tasks.range(r + 1, ranges) <= begin) ++r;
+    for (; tasks.range(r + 1, ranges) < end; ++r) {
+        s = expf(log_decays[r]) * s + states[r * PN + i % PN];
+        if ((r + 1) % parts == 0) borders[(r + 1) / parts * PN + i % PN] = s;
+    }
+}
+
+template <int N, int team>
+__global__ void __launch_bounds__(kForwardThreads, 1)
+    ssd_forward_fast_kernel(bf16* Y, float* S_T, bf16* chunk_states, const bf16* sc, const bf16* sb, const bf16* sx,
+                            const float* dt, const float* dA, const float* S_0, SsdRope rope, float* borders,
+                            int* flags, SsdShape n, SsdTasks tasks) {
+    constexpr int P = kFastP;
+    extern __shared__ __align__(1024) unsigned char ssd_memory[];
+    using Shared = SsdForwardShared<N, team>;
+    Shared& m = *reinterpret_cast<Shared*>(ssd_memory);
+    const SsdWide<N, team> wide;
+    const SsdNarrow<team> narrow;
+    const int warp = int(threadIdx.x / 32), row = int(threadIdx.x / 32 % 4 * 16);  // of tokens or of the state
+    constexpr int kThreads = 128;                                                  // that bring the tiles: warps 8-11
+    const int thread = int(threadIdx.x) - 256;
+    const SsdPlace<false> first(tasks);
+    const auto fetch = [&](const auto& p, int stage) {
+        if (thread < 0) return;
+        const int64 at = p.row * n.ld;
+        fetch_tile<kThreads>(thread, wide, m.C[stage], sc + at + p.h * N, n.ld, p.valid(tasks));
+        fetch_tile<kThreads>(thread, wide, m.B[stage], sb + at + p.h * N, n.ld, p.valid(tasks));
+        fetch_tile<kThreads>(thread, narrow, m.X[stage], sx + at + p.h * P, n.ld, p.valid(tasks));
+    };
+    const auto arrived = [&](int stage) {
+        if (thread >= 0) rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.C[stage], m.B[stage]);
+    };
+    ssd_begin<Shared::stages>(tasks, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
+    if (warp >= 8) {
+        set_registers<team, 104, false>();
+        ssd_sweep<team, Shared::stages>(tasks, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
             SsdSteps steps;
-            if (more && warp == 0) load_steps(steps, next);
-            if (!kStateOnly) {
-                Rows<bf16, N> c;
-                c.load(m.C[turn] + row * ldn, ldn);
-                Accumulator<8> y;
-                y.zero();
-                multiply<Layout::transposed>(y, c, m.S[turn], ldn);
-                y.scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
-#pragma unroll
-                for (int u = 0; u < 2; ++u)
-                    if (32 * u <= row + 15) {
-                        Accumulator<4> g;
-                        g.zero();
-                        multiply<Layout::transposed>(g, c, m.B[turn] + 32 * u * ldn, ldn);
-                        weigh(g, v, row, 32 * u);
-                        Rows<bf16, 32> G;
-                        G.take(g, nullptr);
-                        multiply<Layout::plain>(y, G, m.X[turn] + 32 * u * ldp, ldp);
-                    }
-                write_rows(Y + ((row0(at) + row) * n.H + at.h) * P, n.H * P, y, valid(at) - row);
-            }
-            if (more && warp == 0) steps.write(m.vectors[turn ^ 1]);
+            if (warp == 8) load_next_steps(steps, dt, dA, at, tasks);
+            copies_wait<1>();
+            if (more) arrived(after);
+            if (more && warp == 8) steps.write(m.vectors[turn ^ 1]);
         });
         return;
     }
-    Accumulator<N / 8> state;
-    float log_decay = 0;
-    const auto enter = [&](const Place& p) {
-        const float* from = kStateOnly ? nullptr : S_0 ? S_0 + int64(p.pair) * P * N : nullptr;
-        const int64 border = int64(p.pair) * tasks.segments + p.segment;
-        if (!kStateOnly && tasks.segments > 1 && (p.segment > 0 || !tasks.chained)) {
-            if (tasks.chained) await_note(flags + 4 * border + warp % 4);
-            from = borders + border * P * N;
-        }
-        read_state<N>(state, from, row, rope, position(p));
-        log_decay = 0;
-    };
-    const auto leave = [&](const Place& p) {
-        const int64 border = int64(p.pair) * tasks.segments + p.segment;
-        if (kStateOnly) {
-            write_state<N>(borders + border * P * N, state, row, rope, position(p));
-            if (threadIdx.x == 128) log_decays[border] = log_decay * kLn2;
-        } else if (p.segment == tasks.segments - 1) {
-            if (S_T) write_state<N>(S_T + int64(p.pair) * P * N, state, row, rope, position(p));
-        } else if (tasks.chained) {
-            write_state<N>(borders + (border + 1) * P * N, state, row, rope, position(p));
-            leave_note(flags + 4 * (border + 1) + warp % 4);
-        }
-    };
-    enter(at);
-    if (!kStateOnly) write_rows(m.S[0] + row * ldn, ldn, state, 16);
-    sweep([&](const Place& next, int turn) {
-        const SsdVectors& v = m.vectors[turn];
-        if (!kStateOnly && chunk_states) {
-            bf16* to = chunk_states + (int64(at.pair) * tasks.chunks + at.chunk) * P * N;
+    if (warp < 4) {
+        set_registers<team, 200, true>();
+        ssd_sweep<team, Shared::stages>(
+            tasks, first, [](const auto&, int) {},
+            [&](const auto& at, bool, int stage, int turn, int) {
+                const SsdVectors& v = m.vectors[turn];
+                Accumulator<8> y[1], g[1];
+                product<Layout::transposed>(g, wide, m.C[stage], row, wide, m.B[stage]);
+                product<Layout::transposed>(y, wide, m.C[stage], row, wide, m.S[turn]);
+                products_wait<team, 1>(g);
+                weigh(g[0], v, row, 0);
+                Rows<bf16, kChunk> G[1];
+                G[0].take(g[0], nullptr);
+                products_wait<team, 0>(y);
+                y[0].scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
+                accumulate(y, G, narrow, m.X[stage]);
+                products_wait<team, 0>(y);
+                write_rows(Y + ((at.row + row) * n.H + at.h) * P, n.H * P, y[0], at.valid(tasks) - row);
+            });
+        return;
+    }
+    set_registers<team, 200, true>();
+    Accumulator<N / 8> state[1];
+    enter<N>(state[0], first, tasks, S_0, borders, flags, row, rope);
+    write_rows(wide, m.S[0], row, state[0]);
+    ssd_sweep<team, Shared::stages>(
+        tasks, first, [](const auto&, int) {},
+        [&](const auto& at, bool more, int stage, int turn, int) {
+            const SsdVectors& v = m.vectors[turn];
+            Rows<bf16, kChunk> x[1];
+            load_scaled_transposed(x[0], narrow, m.X[stage], row, v.into);
+            const float all = v.from_in[kChunk - 1];
+            state[0].scale_rows(all, all);
+            accumulate(state, x, wide, m.B[stage]);
+            if (chunk_states) {
+                bf16* to = chunk_states + (int64(at.pair) * tasks.chunks + at.chunk) * P * N;
 #pragma unroll
-            for (int i = 0; i < N / 16; ++i) {
-                const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
-                *reinterpret_cast<uint4*>(to + r * N + c) = *reinterpret_cast<const uint4*>(m.S[turn] + r * ldn + c);
+                for (int i = 0; i < N / 16; ++i) {
+                    const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
+                    *reinterpret_cast<uint4*>(to + r * N + c) =
+                        *reinterpret_cast<const uint4*>(m.S[turn] + spot(wide, r, c));
+                }
             }
-        }
-        Rows<bf16, kChunk> x;
-        load_scaled_transposed(x, m.X[turn] + row, ldp, v.into);
-        const float all = v.from_in[kChunk - 1];
-        log_decay += v.log2_cs[kChunk - 1];
-        state.scale_rows(all, all);
-        multiply<Layout::plain>(state, x, m.B[turn], ldn);
-        if (at.at_end()) {
-            leave(at);
-            if (more) enter(next);
-        } else {
-            rotate_rows(state, -1.0f, frame_angles);
-        }
-        if (more && !kStateOnly) write_rows(m.S[turn ^ 1] + row * ldn, ldn, state, 16);
-    });
+            products_wait<team, 0>(state);
+            if (at.at_end()) {
+                leave<N>(state[0], at, tasks, S_T, borders, flags, row, rope);
+                auto next = at;
+                if (next.next(tasks)) enter<N>(state[0], next, tasks, S_0, borders, flags, row, rope);
+            } else {
+                rotate_frame<N>(state[0], -1.0f, m.angles);
+            }
+            if (more) write_rows(wide, m.S[turn ^ 1], row, state[0]);
+        });
 }
 
 // The backward in the same arrangement; dS goes from the last chunk to the first.
@@ -2703,58 +2820,42 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
 //     warps 4-7, tokens t:  dC = from_in dY S_in + (M o E dt) B                                        E^T = X dY^T
 //                           dS_in = exp(cs_last) dS + (from_in dY)^T C
 // E is made twice, once as rows t and once as rows s: cheaper than a transposition through shared memory.
-template <int N, bool kStateOnly>
+template <int N>
 __global__ void __launch_bounds__(kSsdThreads, 1)
     ssd_backward_fast_kernel(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, float* dS_0, const bf16* dY,
                              const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx, const float* dt,
                              const float* dA, const bf16* chunk_states, SsdRope rope, float* borders, int* flags,
-                             float* log_decays, SsdShape n, SsdTasks tasks) {
-    constexpr int P = kFastP, ldn = N + 8, ldp = P + 8;
-    extern __shared__ __align__(16) unsigned char shared[];
-    SsdFastBackward<N>& m = *reinterpret_cast<SsdFastBackward<N>*>(shared);
-    const int warp = int(threadIdx.x) / 32, row = warp % 4 * 16;  // of tokens; warps 4-7: also of the state
-    const int64 pos0 = rope.before.get();
-    using Place = SsdPlace<true>;
-    Place at;
-    bool more = at.begin(tasks, int(blockIdx.x));
-    if (!more) return;
-    const auto row0 = [&](const Place& p) { return p.b * n.T + int64(p.chunk) * kChunk; };
-    const auto valid = [&](const Place& p) { return int(min(int64(kChunk), n.T - int64(p.chunk) * kChunk)); };
-    const auto position = [&](const Place& p) { return pos0 + int64(p.chunk) * kChunk; };
-    const auto fetch = [&](const Place& p, int turn) {
-        const int64 h = p.h, first = row0(p);
-        const int rows = valid(p);
-        fetch_pairs<N>(m.C[turn], sc + first * n.ld + h * N, n.ld, rows);
-        fetch_narrow(m.dY[turn], dY + (first * n.H + h) * P, n.H * P, rows);
-        if (kStateOnly) return;
-        fetch_pairs<N>(m.B[turn], sb + first * n.ld + h * N, n.ld, rows);
-        fetch_narrow(m.X[turn], sx + first * n.ld + h * P, n.ld, rows);
+                             SsdShape n, SsdTasks tasks) {
+    constexpr int P = kFastP;
+    extern __shared__ __align__(1024) unsigned char ssd_memory[];
+    SsdBackwardShared<N>& m = *reinterpret_cast<SsdBackwardShared<N>*>(ssd_memory);
+    const SsdWide<N, 1> wide;
+    const SsdNarrow<1> narrow;
+    constexpr int ldn = wide.ld, ldp = narrow.ld;
+    const int thread = int(threadIdx.x), warp = int(threadIdx.x / 32);
+    const int row = int(threadIdx.x / 32 % 4 * 16);  // of tokens; warps 4-7: also of the state
+    const SsdPlace<true> first(tasks);
+    const auto fetch = [&](const auto& p, int turn) {
         const bf16* S = chunk_states + (int64(p.pair) * tasks.chunks + p.chunk) * P * N;
-#pragma unroll
-        for (int i = 0; i < P * N / 8 / kSsdThreads; ++i) {
-            const int piece = int(threadIdx.x) + i * kSsdThreads, r = piece / (N / 8), c = piece % (N / 8) * 8;
-            copy16(m.S[turn] + r * ldn + c, S + r * N + c, true);
-        }
-    };
-    const auto load_steps = [&](SsdSteps& s, const Place& p) { s.load(dt, dA, row0(p) * n.H + p.h, n.H, valid(p)); };
-    const auto frame_angles = [&](int, int j, float(&c)[2], float(&s)[2]) {  // from a chunk's frame to the one before
-        load<2>(c, m.cos + m.angle(kChunk, j));
-        load<2>(s, m.sin + m.angle(kChunk, j));
+        fetch_tile<kSsdThreads>(thread, wide, m.C[turn], sc + p.row * n.ld + p.h * N, n.ld, p.valid(tasks));
+        fetch_tile<kSsdThreads>(thread, wide, m.B[turn], sb + p.row * n.ld + p.h * N, n.ld, p.valid(tasks));
+        fetch_tile<kSsdThreads>(thread, narrow, m.X[turn], sx + p.row * n.ld + p.h * P, n.ld, p.valid(tasks));
+        fetch_tile<kSsdThreads>(thread, narrow, m.dY[turn], dY + (p.row * n.H + p.h) * P, n.H * P, p.valid(tasks));
+        fetch_tile<kSsdThreads>(thread, wide, m.S[turn], S, N, P);
     };
     const auto arrived = [&](int turn) {
-        copies_done();
-        rotate_fetched<N>(m.C[turn], kStateOnly ? nullptr : m.B[turn], m);
+        rotate_fetched<kSsdThreads, N, 1>(thread, m.angles, wide, m.C[turn], m.B[turn]);
     };
     const auto token_angles = [&](int h, int j, float(&c)[2], float(&s)[2]) {
-        load<2>(c, m.cos + m.angle(row + acc_row() + 8 * h, j));
-        load<2>(s, m.sin + m.angle(row + acc_row() + 8 * h, j));
+        load<2>(c, m.angles.cos + m.angles.at(row + acc_row() + 8 * h, j));
+        load<2>(s, m.angles.sin + m.angles.at(row + acc_row() + 8 * h, j));
     };
     // One warp, when the dot products of a chunk are complete: ddA_u = <S_out, dS> + sum_{t>=u} (C.dC - B.dB)_t
-    const auto finish = [&](const Place& p, const SsdDots& d) {
+    const auto finish = [&](const auto& p, const SsdDots& d) {
         float later = 0;
         for (int w = 0; w < kSsdWarps; ++w) later += d.S_dS[w];
-        for (int first = kChunk - 32; first >= 0; first -= 32) {
-            const int t = first + lane_id();
+        for (int begin = kChunk - 32; begin >= 0; begin -= 32) {
+            const int t = begin + lane_id();
             float sum = d.C_dC[t] - d.B_dB[t];
             for (int k = 1; k < 32; k *= 2) {
                 const float right = __shfl_down_sync(~0u, sum, k);
@@ -2762,21 +2863,13 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             }
             sum += later;
             later = __shfl_sync(~0u, sum, 0);
-            if (t < valid(p)) {
-                ddt[(row0(p) + t) * n.H + p.h] = d.X_dXd[t];
-                ddA[(row0(p) + t) * n.H + p.h] = sum;
+            if (t < p.valid(tasks)) {
+                ddt[(p.row + t) * n.H + p.h] = d.X_dXd[t];
+                ddA[(p.row + t) * n.H + p.h] = sum;
             }
         }
     };
-    fill_angles(m, rope);
-    fetch(at, 0);
-    if (warp == 0) {
-        SsdSteps steps;
-        load_steps(steps, at);
-        steps.write(m.vectors[0]);
-    }
-    __syncthreads();  // the angles are there
-    arrived(0);
+    ssd_begin<2>(tasks, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     const int r0 = row + acc_row(), r1 = r0 + 8;
     const auto put = [&](float* to, float(&s)[2]) {  // row sums, from the 4 threads that share the row
         s[0] = quad_sum(s[0]);
@@ -2786,227 +2879,199 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             to[r1] = s[1];
         }
     };
-    // Calls work(next chunk, turn) for each chunk.
-    Place before = at;
-    int turn = 0;
-    const auto sweep = [&](auto work) {
-        for (bool first = true; more; turn ^= 1, first = false) {
-            block_barrier();  // this chunk's tiles, vectors and dS are complete; the last one's have been read
-            Place next = at;
-            more = next.next(tasks);
-            if (more) fetch(next, turn ^ 1);
-            if (!kStateOnly && !first && warp == 2) finish(before, m.dots[turn ^ 1]);
-            work(next);
-            if (more) arrived(turn ^ 1);
-            before = at;
-            at = next;
-        }
-        block_barrier();  // the last chunk's dot products are complete
-    };
     if (warp < 4) {
-        sweep([&](const Place& next) {
+        SsdPlace<true> before = first;  // the chunk before this one
+        int last = -1;                  // and its turn
+        ssd_sweep<1, 2>(tasks, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
             const SsdVectors& v = m.vectors[turn];
             SsdDots& dots = m.dots[turn];
-            const int rows = valid(at) - row;
+            const int rows = at.valid(tasks) - row;
             SsdSteps steps;
-            if (more && warp == 3) load_steps(steps, next);
-            if (!kStateOnly) {
-                Rows<bf16, N> b;
-                Rows<bf16, P> x;
-                b.load(m.B[turn] + row * ldn, ldn);
-                x.load(m.X[turn] + row * ldp, ldp);
-                Rows<bf16, 32> MG[2], ME[2];
+            if (warp == 3) load_next_steps(steps, dt, dA, at, tasks);
+            if (last >= 0 && warp == 2) finish(before, m.dots[last]);
+            Rows<bf16, N> b;
+            Rows<bf16, P> x;
+            b.load(m.B[turn] + row * ldn, ldn);
+            x.load(m.X[turn] + row * ldp, ldp);
+            Rows<bf16, 32> MG[2], ME[2];
 #pragma unroll
-                for (int u = 0; u < 2; ++u)
-                    if (32 * u + 31 >= row) {
-                        Accumulator<4> g, e;
-                        g.zero();
-                        e.zero();
-                        multiply<Layout::transposed>(g, b, m.C[turn] + 32 * u * ldn, ldn);
-                        multiply<Layout::transposed>(e, x, m.dY[turn] + 32 * u * ldp, ldp);
+            for (int u = 0; u < 2; ++u)
+                if (32 * u + 31 >= row) {
+                    Accumulator<4> g, e;
+                    g.zero();
+                    e.zero();
+                    multiply<Layout::transposed>(g, b, m.C[turn] + 32 * u * ldn, ldn);
+                    multiply<Layout::transposed>(e, x, m.dY[turn] + 32 * u * ldp, ldp);
 #pragma unroll
-                        for (int h = 0; h < 2; ++h) {
-                            const int s = r0 + 8 * h;
-                            const float cs = v.log2_cs[s], step = v.step[s];
+                    for (int h = 0; h < 2; ++h) {
+                        const int s = r0 + 8 * h;
+                        const float cs = v.log2_cs[s], step = v.step[s];
 #pragma unroll
-                            for (int k = 0; k < 4; ++k)
+                        for (int k = 0; k < 4; ++k)
 #pragma unroll
-                                for (int i = 0; i < 2; ++i) {
-                                    const int t = 32 * u + 8 * k + acc_col() + i;
-                                    const float decay = t >= s ? exp2_fast(v.log2_cs[t] - cs) : 0.0f;
-                                    g.v[k][2 * h + i] *= decay;
-                                    e.v[k][2 * h + i] *= decay * step;
-                                }
-                        }
-                        MG[u].take(g, nullptr);
-                        ME[u].take(e, nullptr);
+                            for (int i = 0; i < 2; ++i) {
+                                const int t = 32 * u + 8 * k + acc_col() + i;
+                                const float decay = t >= s ? exp2_fast(v.log2_cs[t] - cs) : 0.0f;
+                                g.v[k][2 * h + i] *= decay;
+                                e.v[k][2 * h + i] *= decay * step;
+                            }
                     }
-                float sums[2];
-                {
-                    Accumulator<P / 8> dx;  // dXd
-                    dx.zero();
-                    multiply<Layout::transposed>(dx, b, m.dS[turn], ldn);
-                    dx.scale_rows(v.to_end[r0], v.to_end[r1]);
-#pragma unroll
-                    for (int u = 0; u < 2; ++u)
-                        if (32 * u + 31 >= row) multiply<Layout::plain>(dx, MG[u], m.dY[turn] + 32 * u * ldp, ldp);
-                    row_dots(sums, dx, x);
-                    put(dots.X_dXd, sums);
-                    dx.scale_rows(v.step[r0], v.step[r1]);
-                    write_rows(dsx + (row0(at) + row) * n.ld + at.h * P, n.ld, dx, rows);
+                    MG[u].take(g, nullptr);
+                    ME[u].take(e, nullptr);
                 }
-                Accumulator<N / 8> db;
-                db.zero();
-                multiply<Layout::plain>(db, x, m.dS[turn], ldn);
-                db.scale_rows(v.into[r0], v.into[r1]);
-                row_dots(sums, db, b);
-                const float part = warp_sum(sums[0] + sums[1]);
-                if (lane_id() == 0) dots.S_dS[warp] = part;
+            float sums[2];
+            {
+                Accumulator<P / 8> dx;  // dXd
+                dx.zero();
+                multiply<Layout::transposed>(dx, b, m.dS[turn], ldn);
+                dx.scale_rows(v.to_end[r0], v.to_end[r1]);
 #pragma unroll
                 for (int u = 0; u < 2; ++u)
-                    if (32 * u + 31 >= row) multiply<Layout::plain>(db, ME[u], m.C[turn] + 32 * u * ldn, ldn);
-                row_dots(sums, db, b);
-                put(dots.B_dB, sums);
-                rotate_rows(db, -1.0f, token_angles);
-                write_rows(dsb + (row0(at) + row) * n.ld + at.h * N, n.ld, db, rows);
+                    if (32 * u + 31 >= row) multiply<Layout::plain>(dx, MG[u], m.dY[turn] + 32 * u * ldp, ldp);
+                row_dots(sums, dx, x);
+                put(dots.X_dXd, sums);
+                dx.scale_rows(v.step[r0], v.step[r1]);
+                write_rows(dsx + (at.row + row) * n.ld + at.h * P, n.ld, dx, rows);
             }
+            Accumulator<N / 8> db;
+            db.zero();
+            multiply<Layout::plain>(db, x, m.dS[turn], ldn);
+            db.scale_rows(v.into[r0], v.into[r1]);
+            row_dots(sums, db, b);
+            const float part = warp_sum(sums[0] + sums[1]);
+            if (lane_id() == 0) dots.S_dS[warp] = part;
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+                if (32 * u + 31 >= row) multiply<Layout::plain>(db, ME[u], m.C[turn] + 32 * u * ldn, ldn);
+            row_dots(sums, db, b);
+            put(dots.B_dB, sums);
+            rotate_rows(db, -1.0f, token_angles);
+            write_rows(dsb + (at.row + row) * n.ld + at.h * N, n.ld, db, rows);
             if (more && warp == 3) steps.write(m.vectors[turn ^ 1]);
+            copies_wait<0>();
+            if (more) arrived(after);
+            before = at;
+            last = turn;
         });
-        if (!kStateOnly && warp == 2) finish(before, m.dots[turn ^ 1]);
+        block_barrier();  // the last chunk's dot products are complete
+        if (warp == 2) finish(before, m.dots[last]);
         return;
     }
     Accumulator<N / 8> state;  // dS
-    float log_decay = 0;
-    const auto enter = [&](const Place& p) {
-        const float* from = kStateOnly ? nullptr : dS_T ? dS_T + int64(p.pair) * P * N : nullptr;
-        const int64 border = int64(p.pair) * tasks.segments + p.segment;
-        if (!kStateOnly && tasks.segments > 1 && (p.segment < tasks.segments - 1 || !tasks.chained)) {
-            if (tasks.chained) await_note(flags + 4 * border + warp % 4);
-            from = borders + border * P * N;
-        }
-        read_state<N>(state, from, row, rope, position(p));
-        log_decay = 0;
-    };
-    const auto leave = [&](const Place& p) {
-        const int64 border = int64(p.pair) * tasks.segments + p.segment;
-        if (kStateOnly) {
-            write_state<N>(borders + border * P * N, state, row, rope, position(p));
-            if (threadIdx.x == 128) log_decays[border] = log_decay * kLn2;
-        } else if (p.segment == 0) {
-            if (dS_0) write_state<N>(dS_0 + int64(p.pair) * P * N, state, row, rope, position(p));
-        } else if (tasks.chained) {
-            write_state<N>(borders + (border - 1) * P * N, state, row, rope, position(p));
-            leave_note(flags + 4 * (border - 1) + warp % 4);
-        }
-    };
-    enter(at);
-    if (!kStateOnly) write_rows(m.dS[0] + row * ldn, ldn, state, 16);
-    sweep([&](const Place& next) {
+    enter<N>(state, first, tasks, dS_T, borders, flags, row, rope);
+    write_rows(wide, m.dS[0], row, state);
+    ssd_sweep<1, 2>(tasks, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
         const SsdVectors& v = m.vectors[turn];
         SsdDots& dots = m.dots[turn];
-        const int rows = valid(at) - row;
-        if (!kStateOnly) {
-            Rows<bf16, 32> ME[2];
-            Rows<bf16, P> d;
-            d.load(m.dY[turn] + row * ldp, ldp);
+        const int rows = at.valid(tasks) - row;
+        Rows<bf16, 32> ME[2];
+        Rows<bf16, P> d;
+        d.load(m.dY[turn] + row * ldp, ldp);
 #pragma unroll
-            for (int u = 0; u < 2; ++u)
-                if (32 * u <= row + 15) {
-                    Accumulator<4> e;
-                    e.zero();
-                    multiply<Layout::transposed>(e, d, m.X[turn] + 32 * u * ldp, ldp);
-                    weigh(e, v, row, 32 * u);
-                    ME[u].take(e, nullptr);
-                }
-            Accumulator<N / 8> dc;
-            dc.zero();
-            multiply<Layout::plain>(dc, d, m.S[turn], ldn);
-            dc.scale_rows(v.from_in[r0], v.from_in[r1]);
+        for (int u = 0; u < 2; ++u)
+            if (32 * u <= row + 15) {
+                Accumulator<4> e;
+                e.zero();
+                multiply<Layout::transposed>(e, d, m.X[turn] + 32 * u * ldp, ldp);
+                weigh(e, v, row, 32 * u);
+                ME[u].take(e, nullptr);
+            }
+        Accumulator<N / 8> dc;
+        dc.zero();
+        multiply<Layout::plain>(dc, d, m.S[turn], ldn);
+        dc.scale_rows(v.from_in[r0], v.from_in[r1]);
 #pragma unroll
-            for (int u = 0; u < 2; ++u)
-                if (32 * u <= row + 15) multiply<Layout::plain>(dc, ME[u], m.B[turn] + 32 * u * ldn, ldn);
-            Rows<bf16, N> c;
-            c.load(m.C[turn] + row * ldn, ldn);
-            float sums[2];
-            row_dots(sums, dc, c);
-            put(dots.C_dC, sums);
-            rotate_rows(dc, -1.0f, token_angles);
-            write_rows(dsc + (row0(at) + row) * n.ld + at.h * N, n.ld, dc, rows);
-            Rows<bf16, N> s;
-            s.load(m.S[turn] + row * ldn, ldn);
-            row_dots(sums, state, s);
-            const float part = warp_sum(sums[0] + sums[1]);
-            if (lane_id() == 0) dots.S_dS[warp] = v.from_in[kChunk - 1] * part;
-        }
+        for (int u = 0; u < 2; ++u)
+            if (32 * u <= row + 15) multiply<Layout::plain>(dc, ME[u], m.B[turn] + 32 * u * ldn, ldn);
+        Rows<bf16, N> c;
+        c.load(m.C[turn] + row * ldn, ldn);
+        float sums[2];
+        row_dots(sums, dc, c);
+        put(dots.C_dC, sums);
+        rotate_rows(dc, -1.0f, token_angles);
+        write_rows(dsc + (at.row + row) * n.ld + at.h * N, n.ld, dc, rows);
+        Rows<bf16, N> s;
+        s.load(m.S[turn] + row * ldn, ldn);
+        row_dots(sums, state, s);
+        const float part = warp_sum(sums[0] + sums[1]);
+        if (lane_id() == 0) dots.S_dS[warp] = v.from_in[kChunk - 1] * part;
         Rows<bf16, kChunk> scaled;
-        load_scaled_transposed(scaled, m.dY[turn] + row, ldp, v.from_in);
+        load_scaled_transposed(scaled, narrow, m.dY[turn], row, v.from_in);
         const float all = v.from_in[kChunk - 1];
-        log_decay += v.log2_cs[kChunk - 1];
         state.scale_rows(all, all);
         multiply<Layout::plain>(state, scaled, m.C[turn], ldn);
         if (at.at_end()) {
-            leave(at);
-            if (more) enter(next);
+            leave<N>(state, at, tasks, dS_0, borders, flags, row, rope);
+            auto next = at;
+            if (next.next(tasks)) enter<N>(state, next, tasks, dS_T, borders, flags, row, rope);
         } else {
-            rotate_rows(state, 1.0f, frame_angles);
+            rotate_frame<N>(state, 1.0f, m.angles);
         }
-        if (more && !kStateOnly) write_rows(m.dS[turn ^ 1] + row * ldn, ldn, state, 16);
+        if (more) write_rows(wide, m.dS[turn ^ 1], row, state);
+        copies_wait<0>();
+        if (more) arrived(after);
     });
+    block_barrier();  // as above
 }
 
 // ---- 7c and 7d: the launchers -----------------------------------------------------------------------------------------
 
-static SsdTasks ssd_tasks(const SsdShape& n, const SsdTiles& t, int64 segments, bool chained) {
-    const int64 chunks = ssd_chunks(t, n.T), pairs = n.B * n.H;
-    if (pairs * segments > INT32_MAX / 8) fail("SSD: %lld sequences are too many for one batch", (long long)n.B);
-    return {int(pairs), int(n.H), int(segments), int(chunks), int(ceil_div(chunks, segments)), chained};
-}
 static int64 multiprocessors() {
     int device = 0, count = 0;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     return count;
 }
-template <int N>
-static void ssd_forward_fast(bf16* Y, float* S_T, bf16* chunk_states, float* scratch, const bf16* sc, const bf16* sb,
-                             const bf16* sx, const float* dt, const float* dA, const float* S_0, const SsdRope& rope,
-                             const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const int64 segments = ssd_segments(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
-    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained(n, t));
-    const int64 blocks = std::min(count, multiprocessors());
-    float* after = scratch + count * PN;  // flags or decays
-    int* flags = reinterpret_cast<int*>(after);
-    if (segments > 1 && tasks.chained) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * count) * sizeof(int), stream));
-    if (segments > 1 && !tasks.chained) {
-        launch("ssd_forward", ssd_forward_fast_kernel<N, true>, blocks, kSsdThreads, sizeof(SsdFast<N>), stream,
-               nullptr, nullptr, nullptr, sc, sb, sx, dt, dA, nullptr, rope, scratch, flags, after, n, tasks);
-        launch("ssd_forward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, after, S_0,
-               n.B * n.H * PN, PN, segments, false);
-    }
-    launch("ssd_forward", ssd_forward_fast_kernel<N, false>, blocks, kSsdThreads, sizeof(SsdFast<N>), stream, Y, S_T,
-           chunk_states, sc, sb, sx, dt, dA, S_0, rope, scratch, flags, nullptr, n, tasks);
+// A block for each multiprocessor, if each has 4 chunks to do, or else whole pairs. With many pairs the backward is cut
+// into tasks, four segments to a pair: that was faster.
+static SsdTasks ssd_tasks(const SsdShape& n, const SsdTiles& t, bool backward) {
+    const int64 chunks = ssd_chunks(t, n.T), pairs = n.B * n.H, most = multiprocessors();
+    if (pairs > INT32_MAX / 8) fail("SSD: %lld sequences are too many for one batch", (long long)n.B);
+    const int64 blocks = std::min(most, std::max(pairs, ceil_div(pairs * chunks, 4)));
+    const int64 per_segment = ceil_div(chunks, std::min<int64>(4, std::max<int64>(1, chunks / 4)));
+    const bool chained = pairs >= blocks;
+    const int segments = chained && backward ? int(ceil_div(chunks, per_segment)) : 0;
+    return {int(pairs), int(n.H), int(n.T), int(chunks), int(blocks), chained, segments, int(per_segment)};
 }
-template <int N>
-static void ssd_backward_fast(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, float* dS_0, float* scratch,
-                              const bf16* dY, const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx,
-                              const float* dt, const float* dA, const bf16* chunk_states, const SsdRope& rope,
-                              const SsdShape& n, const SsdTiles& t, cudaStream_t stream) {
-    const int64 segments = ssd_segments(n, t), count = n.B * n.H * segments, PN = n.P * n.N;
-    const SsdTasks tasks = ssd_tasks(n, t, segments, ssd_chained(n, t));
-    const int64 blocks = std::min(count, multiprocessors());
-    const size_t shared = sizeof(SsdFastBackward<N>);
-    float* after = scratch + count * PN;
-    int* flags = reinterpret_cast<int*>(after);
-    if (segments > 1 && tasks.chained) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * count) * sizeof(int), stream));
-    if (segments > 1 && !tasks.chained) {
-        launch("ssd_backward", ssd_backward_fast_kernel<N, true>, blocks, kSsdThreads, shared, stream, nullptr, nullptr,
-               nullptr, nullptr, nullptr, nullptr, dY, nullptr, sc, sb, sx, dt, dA, nullptr, rope, scratch, flags,
-               after, n, tasks);
-        launch("ssd_backward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, after, dS_T,
-               n.B * n.H * PN, PN, segments, true);
+static constexpr int kSsdParts = 2;  // ranges of ssd_states_kernel per range of the sweep
+// Floats of scratch: the states at borders; their flags, or the states of the finer ranges, their decays and a copy of S_0.
+static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
+    if (!t.fast) return 0;
+    const SsdTasks tasks = ssd_tasks(n, t, false);
+    const int64 PN = n.P * n.N;
+    if (tasks.chained) return std::max(tasks.slots(), ssd_tasks(n, t, true).slots()) * (PN + 4);
+    return (tasks.slots() + tasks.pairs) * PN + tasks.blocks * kSsdParts * (PN + 1);
+}
+// Calls f(N, team), as types, for the fast form that fits.
+template <class F>
+static void ssd_form(int64 N, F f) {
+    using std::integral_constant;
+    if (has_wgmma()) {
+        if (N == 128) f(integral_constant<int, 128>(), integral_constant<int, 4>());
+        else f(integral_constant<int, 64>(), integral_constant<int, 4>());
+    } else {
+        if (N == 128) f(integral_constant<int, 128>(), integral_constant<int, 1>());
+        else f(integral_constant<int, 64>(), integral_constant<int, 1>());
     }
-    launch("ssd_backward", ssd_backward_fast_kernel<N, false>, blocks, kSsdThreads, shared, stream, dsc, dsb, dsx, ddt,
-           ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, rope, scratch, flags, nullptr, n, tasks);
+}
+// Before a fast sweep: clears the flags of its borders, which it returns, or fills the borders.
+template <int N, int team, bool kReverse>
+static int* ssd_prepare(const char* name, float* borders, const bf16* fn, const bf16* fp, int64 ld_p, const float* dt,
+                        const float* dA, const float* first, const SsdRope& rope, const SsdShape& n,
+                        const SsdTasks& tasks, cudaStream_t stream) {
+    const int64 PN = n.P * n.N, ranges = tasks.blocks * kSsdParts;
+    float *behind = borders + tasks.slots() * PN, *log_decays = behind + ranges * PN;
+    int* flags = reinterpret_cast<int*>(behind);
+    if (!tasks.cut()) return flags;
+    if (tasks.chained) {
+        CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * tasks.slots()) * sizeof(int), stream));
+        return flags;
+    }
+    launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, behind,
+           log_decays, fn, fp, ld_p, dt, dA, rope, n, tasks);
+    launch(name, pass_states_kernel, ceil_div(tasks.pairs * PN, 256), 256, 0, stream, borders, behind, log_decays,
+           first, PN, kSsdParts, tasks);
+    return flags;
 }
 
 // C and B come as the projection made them, and so do their gradients leave: RoPE is inside. The fast kernels copy 16
@@ -3018,22 +3083,26 @@ static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const
                         const SsdTiles& t, cudaStream_t stream) {
     if constexpr (!std::is_same<A, float>::value)
         if (t.fast)
-            return (n.N == 128 ? ssd_forward_fast<128> : ssd_forward_fast<64>)(Y, S_T, chunk_states, scratch, sc, sb,
-                                                                               sx, dt, dA, S_0, rope, n, t, stream);
-    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
-    const size_t shared = ssd_shared<A>(t, false);
+            return ssd_form(n.N, [&](auto kN, auto kTeam) {
+                constexpr int N = decltype(kN)::value, team = decltype(kTeam)::value;
+                const SsdTasks tasks = ssd_tasks(n, t, false);
+                if (S_0 && S_0 == S_T && tasks.cut() &&
+                    !tasks.chained) {  // who reads S_0 may come after who writes S_T
+                    const int64 states = int64(tasks.pairs) * n.P * n.N;
+                    float* copy = scratch + ssd_scratch(n, t) - states;
+                    CHECK_CUDA(
+                        cudaMemcpyAsync(copy, S_0, size_t(states) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
+                    S_0 = copy;
+                }
+                int* flags = ssd_prepare<N, team, false>("ssd_forward", scratch, sb, sx, n.ld, dt, dA, S_0, rope, n,
+                                                         tasks, stream);
+                launch(tasks.together(), "ssd_forward", ssd_forward_fast_kernel<N, team>, tasks.blocks, kForwardThreads,
+                       sizeof(SsdForwardShared<N, team>), stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, rope,
+                       scratch, flags, n, tasks);
+            });
     const bool small = t.units() <= 2 * kSsdWarps;
-    if (segments > 1) {
-        float* log_decays = scratch + blocks * PN;
-        launch("ssd_forward", small ? ssd_forward_kernel<A, 2, true> : ssd_forward_kernel<A, 8, true>, blocks,
-               kSsdThreads, shared, stream, nullptr, scratch, nullptr, sc, sb, sx, dt, dA, nullptr, rope, log_decays, n,
-               t, segments);
-        launch("ssd_forward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, log_decays,
-               S_0, n.B * n.H * PN, PN, segments, false);
-        S_0 = scratch;
-    }
-    launch("ssd_forward", small ? ssd_forward_kernel<A, 2, false> : ssd_forward_kernel<A, 8, false>, blocks,
-           kSsdThreads, shared, stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, rope, nullptr, n, t, segments);
+    launch("ssd_forward", small ? ssd_forward_kernel<A, 2> : ssd_forward_kernel<A, 8>, n.B * n.H, kSsdThreads,
+           ssd_shared<A>(t, false), stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, rope, n, t);
 }
 template <class A>
 static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, float* scratch, const A* dY,
@@ -3042,28 +3111,22 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
                          cudaStream_t stream) {
     if constexpr (!std::is_same<A, float>::value)
         if (t.fast)
-            return (n.N == 128 ? ssd_backward_fast<128> : ssd_backward_fast<64>)(dsc, dsb, dsx, ddt, ddA, dS_0, scratch,
-                                                                                 dY, dS_T, sc, sb, sx, dt, dA,
-                                                                                 chunk_states, turn, n, t, stream);
-    const int64 segments = ssd_segments(n, t), blocks = n.B * n.H * segments, PN = n.P * n.N;
-    const size_t shared = ssd_shared<A>(t, true);
+            return ssd_form(n.N, [&](auto kN, auto kTeam) {
+                constexpr int N = decltype(kN)::value, team = decltype(kTeam)::value;
+                const SsdTasks tasks = ssd_tasks(n, t, true);
+                int* flags = ssd_prepare<N, team, true>("ssd_backward", scratch, sc, dY, n.H * n.P, dt, dA, dS_T, turn,
+                                                        n, tasks, stream);
+                launch(tasks.together(), "ssd_backward", ssd_backward_fast_kernel<N>, tasks.blocks, kSsdThreads,
+                       sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt,
+                       dA, chunk_states, turn, scratch, flags, n, tasks);
+            });
     const bool small = t.units() <= 2 * kSsdWarps;
-    if (segments > 1) {
-        float* log_decays = scratch + blocks * PN;
-        launch("ssd_backward", small ? ssd_backward_kernel<A, 2, true> : ssd_backward_kernel<A, 8, true>, blocks,
-               kSsdThreads, shared, stream, nullptr, nullptr, nullptr, nullptr, nullptr, scratch, dY, nullptr, sc, sb,
-               sx, dt, dA, nullptr, turn, log_decays, n, t, segments);
-        launch("ssd_backward", pass_states_kernel, ceil_div(n.B * n.H * PN, 256), 256, 0, stream, scratch, log_decays,
-               dS_T, n.B * n.H * PN, PN, segments, true);
-        dS_T = scratch;
-    }
-    launch("ssd_backward", small ? ssd_backward_kernel<A, 2, false> : ssd_backward_kernel<A, 8, false>, blocks,
-           kSsdThreads, shared, stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states, turn,
-           nullptr, n, t, segments);
+    launch("ssd_backward", small ? ssd_backward_kernel<A, 2> : ssd_backward_kernel<A, 8>, n.B * n.H, kSsdThreads,
+           ssd_shared<A>(t, true), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states,
+           turn, n, t);
     if (turn.cos)
         for (A* d : {dsc, dsb}) rope(d, turn.cos, turn.sin, n.N, n.B, n.T, n.H, n.ld, turn.before, true, stream);
 }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // 8  Residual: out = w * x + dropout(m), and the norm that follows: u = rmsnorm(out) * w_norm
 // ---------------------------------------------------------------------------------------------------------------------

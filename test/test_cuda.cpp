@@ -283,12 +283,12 @@ TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths,
                  shapes({{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}, {11, 64, 64}}))
                 for (const bool states : {false, true})
                     for (const int64 pos0 : {-1, 0, 300}) {
-                        // A start at 300 with states, one at 0 without; at one length also without RoPE (-1). 99
-                        // (sequence, head) pairs are many enough that segments take their state from each other.
+                        // A start at 300 with states, one at 0 without; at one length also without RoPE (-1). 143
+                        // (sequence, head) pairs are many enough that blocks take their states from each other.
                         const bool many = s[0] == 11;
                         if (pos0 < 0 ? T != 131 : (pos0 > 0) != states) continue;
                         if (many && (T < 583 || !states)) continue;
-                        const int64 B = many ? 9 : 2, H = s[0], P = s[1], N = s[2],
+                        const int64 B = many ? 13 : 2, H = s[0], P = s[1], N = s[2],
                                     ld = (2 * H * N + H * P + 7) / 8 * 8, rows = B * T;
                         CAPTURE(k.name);
                         CAPTURE(T);
