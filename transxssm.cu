@@ -3134,8 +3134,8 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
 // next half's x. These kernels join a residual with the norm after it (forward) and a norm with the residual around
 // it (backward): each tensor then crosses the memory bus once. They are bound by it.
 //
-// A row lies in the registers of a few warps of a block, as few as can hold it: one for D <= 768, so that its sum is
-// a matter of shuffles and no thread waits for another warp. A thread has K packs of W neighbouring columns, the
+// A row lies in the registers of a few warps of a block, as few as can hold it where rows are many: one for D <= 768, so
+// that its sum is a matter of shuffles and no thread waits for another warp. A thread has K packs of W neighbouring columns, the
 // packs of neighbouring threads side by side. All loads of a row come before the first use.
 //
 // Rows are taken from the last to the first, here and in section 9: of what the matrix product before has written the
@@ -3213,7 +3213,7 @@ __device__ inline float row_sum(float x, int warps, float* buffer) {  // buffer[
     if (warps == 1) return x;
     const int warp = int(threadIdx.x) / 32, first = warp - warp % warps;
     if (lane_id() == 0) buffer[warp] = x;
-    __syncthreads();
+    block_barrier();  // counts warps: those without a row come to it from another line
     x = 0;
     for (int w = first; w < first + warps; ++w) x += buffer[w];
     return x;
@@ -4228,7 +4228,8 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
           capacity,   float(c.norm_eps), c.ssd_decay};
     // Every block has units of h and of every projection, or it could be left behind.
     blocks = t->blocks = std::min({blocks, sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
-    t->splits = int(std::max<int64>(1, std::min<int64>({blocks / c.H, 32, ceil_div(capacity, 32)})));
+    // For 132 multiprocessors, whatever the GPU: the order of attention's sums depends on it.
+    t->splits = int(std::max<int64>(1, std::min<int64>({132 / c.H, 32, ceil_div(capacity, 32)})));
 
     const auto most = [&](int numbers) { return int(ceil_div(sixes(numbers), blocks)); };
     const int in_units = most(std::max(t->in_width[0], t->in_width[1])), d_units = most(t->D), h_units = most(t->F);
@@ -4319,7 +4320,7 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
 template <int kLanes>
 __global__ void __launch_bounds__(kTokenThreads + 32, 1)
     token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && CUDART_VERSION >= 12030  // the first that knows 128-bit words
     extern __shared__ __align__(16) unsigned char shared[];
     TokenControl& control = *reinterpret_cast<TokenControl*>(shared);
     TokenLayer* layers = reinterpret_cast<TokenLayer*>(shared + sizeof(TokenControl));
@@ -4394,7 +4395,7 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
                 const int width = n.in_width[l.S ? 0 : 1];
                 for (int kind = 0; kind < 4; ++kind) {
                     if (i > 0) room(base + 4 * (i - 1) + kind + 1);
-                    else if (step > 0) room(base - tiles + max(kind - 3, tiles_before(kind)));
+                    else if (step > 0) room(base - tiles + tiles_before(kind));
                     unsigned char* to = weights + n.matrix_at[kind];
                     // this lane's row of unit u
                     if (kind == 0)
@@ -4836,23 +4837,24 @@ struct CudaState : State {
     float* attention_partial = nullptr;  // (B,H,splits,P+2)
     int64 splits = 1;
     int64 steps = 0, graph_layout = -1, graph_vocab = 0;
+    cudaGraphExec_t graph = nullptr;
     // of the kernel that makes whole tokens, where it can
     bool whole = false;
     TokenPlan token_plan{};
     TokenLayer* token_layers = nullptr;
     Word* words = nullptr;
     uint32_t tag = 0;
-    cudaGraphExec_t graph = nullptr;
 
     ~CudaState() override { drop_graph(); }
     void drop_graph() {
         if (graph) cudaGraphExecDestroy(graph);
         graph = nullptr;
     }
-    CudaState(const Config& c, int64 sequences, int64 tokens) : layers(size_t(c.L)) {
+    const void* const model;  // whose it is: it holds addresses of that one's memory
+    CudaState(const Config& c, int64 sequences, int64 tokens, const void* of) : layers(size_t(c.L)), model(of) {
         B = sequences;
         capacity = tokens;
-        if (!std::is_same<A, float>::value && has_wgmma()) {
+        if (!std::is_same<A, float>::value && CUDART_VERSION >= 12030 && has_wgmma()) {
             int device = 0, blocks = 0;
             CHECK_CUDA(cudaGetDevice(&device));
             CHECK_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
@@ -5016,7 +5018,8 @@ class Model {
             if (ids[r] < 0 || ids[r] >= config.V)
                 fail("token %d is outside the vocabulary of %lld", int(ids[r]), (long long)config.V);
     }
-    static void check_room(const CudaState<A>& state, int64 batch, int64 count) {
+    void check_room(const CudaState<A>& state, int64 batch, int64 count) const {
+        if (state.model != this) fail("the state is another engine's: save_state() and load_state() move it");
         if (state.B != batch || state.position + count > state.capacity)
             fail("state has %lld sequences and room for %lld tokens; asked for %lld sequences and %lld tokens",
                  (long long)state.B, (long long)state.capacity, (long long)batch, (long long)(state.position + count));
@@ -5186,7 +5189,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
     a->take(&du, rows * D);
     a->take(&ddt, rows * H);
     a->take(&ddA, rows * H);
-    a->take(&attention_stats, 2 * B * H * padded_stats(T));
+    a->take(&attention_stats, 2 * batch * H * padded_stats(length));
     a->take(&partial, kPartialBlocks * 2 * std::max(D, H));
 }
 
@@ -5870,7 +5873,7 @@ class CudaEngine : public Engine {
     std::vector<std::string> gemm_choices() const override { return model.gemm_choices(); }
 
     std::unique_ptr<State> new_state(int64 B, int64 capacity) const override {
-        return std::make_unique<CudaState<A>>(config, B, capacity);
+        return std::make_unique<CudaState<A>>(config, B, capacity, &model);
     }
     void step(State& state, const int32_t* tokens, int64 n, float* logits, bool every_token) override {
         model.forward(tokens, nullptr, state.B, n, nullptr, &static_cast<CudaState<A>&>(state), logits, every_token);
@@ -5901,7 +5904,7 @@ class CudaEngine : public Engine {
     }
     std::unique_ptr<State> load_state(const std::string& path, int64 capacity) const override {
         const auto host = ref::load_state(config, path, capacity);
-        auto s = std::make_unique<CudaState<A>>(config, host->B, capacity);
+        auto s = std::make_unique<CudaState<A>>(config, host->B, capacity, &model);
         s->position = host->position;
         for (size_t i = 0; i < s->layers.size(); ++i) {
             const auto& from = host->layers[i];

@@ -692,6 +692,30 @@ TEST_CASE("cuda: in fp32 loss and every gradient of the whole model equal the CP
     }
 }
 
+// The first pass lays out memory by what it is asked for, not by what the engine did before.
+TEST_CASE("cuda: the first training pass after a short one, and the first of all, give the gradients of any other") {
+    Config c = small();
+    c.attn_period = 1;
+    c.attn_offset = 0;
+    c.L = 2;
+    const int64 B = 4, T = 4000;  // many tokens for the heads' width
+    const auto tokens = random_tokens(c.V, B * T + 1);
+    const auto gradients = [&](Engine& e) {
+        e.zero_gradients();
+        e.forward(tokens.data(), tokens.data() + 1, B, T);
+        e.backward(1);
+        return read_buffer(e, Buffer::gradients);
+    };
+    const auto first = make_cuda_engine(c, Precision::bf16), later = make_cuda_engine(c, Precision::bf16);
+    for (Engine* e : {first.get(), later.get()}) e->write(Buffer::weights, lively_weights(Precision::bf16, c).data());
+    const std::string plan = first->plan(B, T);
+    const auto want = gradients(*first);
+    CHECK_EQ(first->plan(B, T), plan);
+    later->forward(tokens.data(), tokens.data() + 1, 1, 2);
+    CHECK_EQ(compare_bits("gradients", gradients(*later), want), "");
+    CHECK_EQ(compare_bits("gradients", gradients(*first), want), "");
+}
+
 TEST_CASE("cuda: recomputed activations give the same bits") {
     for (const Case& k : precisions)
         for (const auto& kind : kinds()) {
@@ -826,7 +850,7 @@ TEST_CASE("cuda: decoding 1, 3, 8, 20 and 64 sequences equals the CPU's, for eve
 TEST_CASE("cuda: greedy decoding chooses the tokens that its own logits rank first") {
     for (const Case& k : precisions)
         for (const Config& c : {small(), wide_model()})
-            for (const int64 B : std::vector<int64>{1, 3, 20}) {
+            for (const int64 B : std::vector<int64>{1, 2, 3, 20}) {
                 CAPTURE(k.name);
                 CAPTURE(B);
                 const auto gpu = make_cuda_engine(c, k.precision);
@@ -868,6 +892,8 @@ TEST_CASE("cuda: a saved state goes on as if it had not been saved, and moves be
     CHECK_EQ(compare_bits("logits", b, a), "");
     CHECK_EQ(compare("logits", a, d, 1e-4), "");
     CHECK_ERROR(gpu->step(*s, tokens.data(), 20, a.data()), "room for 20");
+    const auto another = make_cuda_engine(c, Precision::fp32);
+    CHECK_ERROR(another->step(*s, tokens.data(), 1, a.data()), "another engine's");
 }
 
 TEST_CASE("cuda: fp32 training follows the CPU's losses for 20 steps") {
