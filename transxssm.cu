@@ -10,7 +10,7 @@
 //   4  RMSNorm            forward; its backward is part of section 8
 //   5  RoPE
 //   6  attention          tiled, online softmax
-//   7  SSD                a block sweeps the chunks of one (sequence, head), its state in registers
+//   7  SSD                a block sweeps chunks of (sequence, head) pairs, the state in registers
 //   8  residual           learned skip + dropout + the norm that follows, in one pass over memory
 //   9  SwiGLU
 //  10  cross-entropy      loss and gradient in one pass
@@ -28,7 +28,8 @@
 // fp32.
 //
 // SAME BITS EVERY RUN. No floating-point atomics. A sum that many blocks share is written as one partial sum per
-// block, and one more kernel adds those up in order. The order depends on shapes alone.
+// block, and one more kernel adds those up in order. The order depends on shapes and,
+// where the sequences of a few heads are dealt out to all multiprocessors (section 7), on their number.
 //
 // SIZES. Offsets are 64-bit. Matrix products are several times slower where rows do not begin at multiples of 8
 // elements. The widths that often are no such multiple are padded in memory, the mixer's projection to a multiple of 32
@@ -583,10 +584,6 @@ __device__ inline void multiply(Accumulator<NT>& acc, const Rows<bf16, K>& a, co
             mma16816(acc.v[t], a.r[k], fb[0], fb[1]);
             mma16816(acc.v[t + 1], a.r[k], fb[2], fb[3]);
         }
-}
-template <Layout lb, int K, int NT>
-__device__ inline void multiply(Accumulator<NT>& acc, const Rows<float, K>& a, const float* b, int ldb) {
-    multiply<Layout::plain, lb>(acc, a.p, a.ld, b, ldb, K);
 }
 
 // Copies `rows` x `cols` elements from memory (rows `ld` apart) into a tile and fills it up to all_rows x all_cols with
@@ -1786,7 +1783,7 @@ static size_t ssd_shared(const SsdTiles& t, bool backward) {
     const size_t dots = backward ? (2 * (N / 32) + P / 32) * q + 16 : 0;
     return sizeof(A) * tiles + sizeof(SsdVectors) + sizeof(float) * dots;
 }
-// Shared memory of the backward kernel of 7d, the greater one.
+// Shared memory of the fast form: what the greater of its kernels needs.
 static size_t ssd_fast_shared(int64 N);
 // The longest chunk whose tiles fit. The same for forward and backward: both index chunk_states.
 template <class A>

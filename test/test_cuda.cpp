@@ -278,7 +278,7 @@ TEST_CASE("cuda: attention whose scores grow along the sequence equals the refer
 // RoPE of C and B is part of the GPU's kernels; the reference turns them before and turns their gradients back after.
 TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths, state sizes and head counts") {
     for (const Case& k : precisions)
-        for (const int64 T : lengths({1, 63, 64, 65, 131, 583}))  // 583: 10 chunks, cut into segments
+        for (const int64 T : lengths({1, 63, 64, 65, 131, 583}))  // 583: 10 chunks, in several blocks
             for (const Shape& s :
                  shapes({{1, 6, 14}, {3, 64, 128}, {2, 64, 64}, {2, 16, 32}, {1, 34, 96}, {1, 128, 128}, {11, 64, 64}}))
                 for (const bool states : {false, true})
