@@ -28,8 +28,8 @@
 // fp32.
 //
 // SAME BITS EVERY RUN. No floating-point atomics. A sum that many blocks share is written as one partial sum per
-// block, and one more kernel adds those up in order. The order depends on shapes and,
-// where the sequences of a few heads are dealt out to all multiprocessors (section 7), on their number.
+// block, and one more kernel adds those up in order. The order depends on shapes, and where chunks are dealt out to all
+// multiprocessors (section 7) on their number.
 //
 // SIZES. Offsets are 64-bit. Matrix products are several times slower where rows do not begin at multiples of 8
 // elements. The widths that often are no such multiple are padded in memory, the mixer's projection to a multiple of 32
