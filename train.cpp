@@ -1110,8 +1110,8 @@ void check_trainer(const Trainer& t, const Settings& s, const std::string& check
 
 // With --resume: takes the settings of the checkpoint, then those few that may be given anew.
 Trainer take_settings(const std::string& checkpoint, Options* options, Settings* s, int argc, const char* const* argv) {
-    static const std::vector<std::string> allowed = {"steps",        "stop-after", "out",    "eval-every",
-                                                     "sample-every", "save-every", "dry-run"};
+    static const std::vector<std::string> allowed = {"steps",        "stop-after", "out",     "eval-every",
+                                                     "sample-every", "save-every", "dry-run", "recompute"};
     for (const std::string& name : options->given_names())
         if (name != "resume" && std::find(allowed.begin(), allowed.end(), name) == allowed.end())
             usage_error("--%s cannot be given with --resume, which takes the settings of %s; what can be is --%s",
