@@ -3205,7 +3205,7 @@ std::string describe(const Config& c, int64 B, int64 T) {
     if (B > 0 && T > 0) {
         const double fixed = 16 * double(table.count), kept = activation_bytes(c, B, T);
         s += format(
-            "memory      training %lld x %lld tokens in fp32: about %s (weights, gradients and moments %s, activations "
+            "memory      training %lld x %lld tokens on the CPU: about %s (weights, gradients and moments %s, activations "
             "%s)\n",
             (long long)B, (long long)T, byte_text(fixed + kept).c_str(), byte_text(fixed).c_str(),
             byte_text(kept).c_str());
