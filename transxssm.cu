@@ -5816,8 +5816,10 @@ static double data_sheet_peak(const std::string& name) {
                                                     {"GH200", 989e12},     {"A100", 312e12},  {"A30", 165e12},
                                                     {"L40S", 362e12},      {"L4", 121e12},    {"4090", 165e12},
                                                     {"3090", 71e12},       {"B200", 2250e12}, {"A10", 125e12}};
-    for (const auto& k : known)
-        if (name.find(k.first) != std::string::npos) return k.second;
+    for (const auto& k : known) {  // a word of the name: "L4" is not part of "L40"
+        const size_t at = name.find(k.first), end = at + strlen(k.first);
+        if (at != std::string::npos && (end >= name.size() || !isalnum((unsigned char)name[end]))) return k.second;
+    }
     return 0;
 }
 
