@@ -6725,18 +6725,25 @@ void Bench::run(const std::string& kind) {
 
 // ---- The command -----------------------------------------------------------------------------------------------------
 
+// "hybrid,ssm": its words.
+static std::vector<std::string> bench_words(const std::string& text) {
+    std::vector<std::string> words;
+    for (size_t at = 0; at <= text.size();) {
+        const size_t end = std::min(text.find(',', at), text.size());
+        words.push_back(text.substr(at, end - at));
+        at = end + 1;
+    }
+    return words;
+}
 // "512,1024": integers of low .. high.
 static std::vector<int64> bench_list(const char* option, const std::string& text, int64 low, int64 high) {
     std::vector<int64> list;
-    for (size_t at = 0; at <= text.size();) {
-        const size_t end = std::min(text.find(',', at), text.size());
-        const std::string word = text.substr(at, end - at);
+    for (const std::string& word : bench_words(text)) {
         int64 v = 0;
         if (!parse_int(word, &v)) usage_error("--%s: '%s' is not an integer", option, word.c_str());
         if (v < low || v > high)
             usage_error("--%s: %s is outside %lld..%lld", option, word.c_str(), (long long)low, (long long)high);
         list.push_back(v);
-        at = end + 1;
     }
     return list;
 }
@@ -6768,7 +6775,7 @@ static void add_bench_options(Options* o, BenchSettings* s) {
     o->add("prompt", &s->prompt, "tokens before decoding", 1, 1 << 24);
     o->add("decode-batch", &s->decode_batch, "sequences to decode at once", 1, 1 << 20);
     o->section("With a case");
-    o->add("model", &s->models, "hybrid, transformer or ssm (the preset with all or no layers attention), or all");
+    o->add("model", &s->models, "hybrid, transformer, ssm (the preset with all or no layers attention), several by commas, or all");
     o->add("lengths", &s->lengths, "tokens of a sequence");
     o->add("step-tokens", &s->step_tokens, "tokens of a step, at every length", 1, INT32_MAX - 1);
     o->add("contexts", &s->contexts, "tokens before the decoded ones");
@@ -6818,9 +6825,11 @@ int bench_command(int argc, char** argv) {
         if (kind.empty() && o.given(option)) usage_error("--%s is of a case: bench train, say", option);
     if (s.precision != "bf16" && s.precision != "fp32")
         usage_error("--precision: '%s' is not bf16 or fp32", s.precision.c_str());
-    const std::vector<std::string> families = {"hybrid", "transformer", "ssm"};
-    if (s.models != "all" && std::find(families.begin(), families.end(), s.models) == families.end())
-        usage_error("--model: '%s' is not hybrid, transformer, ssm or all", s.models.c_str());
+    const std::vector<std::string> all_families = {"hybrid", "transformer", "ssm"},
+                                   families = s.models == "all" ? all_families : bench_words(s.models);
+    for (const std::string& family : families)
+        if (std::find(all_families.begin(), all_families.end(), family) == all_families.end())
+            usage_error("--model: '%s' is not hybrid, transformer, ssm or all", family.c_str());
 
     if ((kind == "decode" || kind == "all") && s.decode_tokens == 0)
         usage_error("--tokens: 0 leaves nothing to decode");
@@ -6849,7 +6858,7 @@ int bench_command(int argc, char** argv) {
         bench.step_tokens = s.step_tokens;
         bench.contexts = bench_list("contexts", s.contexts, 1, 1 << 24);
         bench.batches = bench_list("batches", s.batches, 1, 1 << 20);
-        bench.families = s.models == "all" ? families : std::vector<std::string>{s.models};
+        bench.families = families;
     }
     if (bench.step_tokens >= INT32_MAX) usage_error("%lld tokens a step: at most 2^31-2", (long long)bench.step_tokens);
     for (const std::string& out : {s.csv, s.svg})  // now, not after the work

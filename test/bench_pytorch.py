@@ -41,6 +41,7 @@ PRESETS = {  # V, D, L, H, N, F, attn_period, attn_offset, tied head: as in ref_
 }
 COLUMNS = ("case,engine,model,what,B,T,runs,ms,ms_25,ms_75,tokens_per_s,bytes,flops,memory,share_of_copy,share_of_gemm,"
            "note").split(",")
+FAMILIES = ["hybrid", "transformer", "ssm"]
 DEVICE = "cuda"
 
 
@@ -291,7 +292,7 @@ def ssd_engine():
 
 def train(a):
     rows = []
-    for family in a.families:
+    for family in a.model:
         for attention in ("flash", "cuDNN") if family == "transformer" else ("cuDNN",):
             use_attention(attention)
             engine = f"PyTorch {attention}" if family == "transformer" else ssd_engine()
@@ -333,7 +334,7 @@ def train(a):
 def decode(a):
     rows = []
     use_attention("any")
-    for family in a.families:
+    for family in a.model:
         c = Config(a.preset, family)
         for B in a.batches:
             for T in a.contexts:
@@ -426,8 +427,7 @@ def our_side(a, case, path):
              str(a.step_tokens)]
     for name in ("lengths", "contexts", "batches"):
         words += ["--" + name, ",".join(map(str, getattr(a, name)))]
-    if len(a.families) == 1:
-        words += ["--model", a.families[0]]
+    words += ["--model", ",".join(a.model)]
     print("$", " ".join(words), flush=True)
     subprocess.run(words, check=True)
     with open(path, newline="") as f:
@@ -435,37 +435,39 @@ def our_side(a, case, path):
 
 
 def table(case, rows):
-    """Markdown: a line per shape, a column per engine, and how many times faster ours is than the best of the others"""
+    """Markdown: a line per shape, a column per engine, and how many times faster ours is than the best of the others; then our
+    hybrid over the Transformers"""
     rate = case in ("train", "prefill", "decode")
-    engines = list(dict.fromkeys(r["engine"] for r in rows if r["engine"] != "transxssm"))
-    lines, best_transformer, hybrid = {}, {}, {}
+    rows = [r for r in rows if r["case"] == case and r["what"] != "backward" and (r["ms"] or r["note"])]
+    engines = ["transxssm"] + list(dict.fromkeys(r["engine"] for r in rows if r["engine"] != "transxssm"))
+    cells = {}  # (model, what, B, T) -> engine -> row
     for r in rows:
-        if r["case"] != case or r["what"] == "backward" or (not r["ms"] and not r["note"]):
-            continue
-        key = (r["model"], r["what"], int(r["B"]), int(r["T"]))
-        ms = float(r["ms"]) if r["ms"] else None
-        lines.setdefault(key, {})[r["engine"]] = (ms, float(r["tokens_per_s"]) if rate and ms else None)
-        shape = key[1:]
-        if ms and r["model"].endswith("transformer") and r["engine"] != "transxssm":
-            best_transformer[shape] = min(ms, best_transformer.get(shape, ms))
-        if ms and r["model"].endswith("hybrid") and r["engine"] == "transxssm":
-            hybrid[shape] = ms
-    unit = "tokens/s" if rate else "ms"
-    text = [f"| | | B x T | here, {unit} | " + "".join(f"{e}, {unit} | " for e in engines) + "here over the best |",
-            "|---" * (5 + len(engines)) + "|"]
-    for (model, what, B, T), cells in lines.items():
-        show = lambda c: "no memory" if c and c[0] is None else "" if c is None else f"{c[1]:,.0f}" if rate else f"{c[0]:.3f}"
-        others = [cells[e][0] for e in engines if e in cells and cells[e][0]]
-        ours = cells.get("transxssm", (None, None))[0]
-        ratio = f"{min(others) / ours:.2f}" if others and ours else ""
+        cells.setdefault((r["model"], r["what"], int(r["B"]), int(r["T"])), {})[r["engine"]] = r
+    ms = lambda r: float(r["ms"]) if r and r["ms"] else math.inf
+    best_peer = lambda line: min((ms(r) for e, r in line.items() if e != "transxssm"), default=math.inf)
+    ratio = lambda theirs, ours: f"{theirs / ours:.2f}" if math.isfinite(theirs) and math.isfinite(ours) else ""
+
+    def show(r):
+        if not r:
+            return ""
+        if not r["ms"]:
+            return "no memory" if "memory" in r["note"] or "GB" in r["note"] else "not possible"
+        text = f"{float(r['tokens_per_s']):,.0f}" if rate else f"{ms(r):.3f}"
+        return text + (f", {float(r['memory']) / 1e9:.1f} GB" if r["what"] == "step" else "")
+
+    head = [f"{'here' if e == 'transxssm' else e}, {'tokens/s' if rate else 'ms'}" for e in engines]
+    text = ["| | | B x T | " + " | ".join(head) + " | here over the best |", "|---" * (4 + len(engines)) + "|"]
+    for (model, what, B, T), line in cells.items():
         name = model.replace("|", "\\|")
-        text.append(f"| {name} | {what} | {B} x {T:,} | " +
-                    "".join(show(cells.get(e)) + " | " for e in ["transxssm"] + engines) + ratio + " |")
-    for shape in hybrid:
-        if shape in best_transformer:
-            what, B, T = shape
-            text.append(f"\n{what}, {B} x {T:,}: the hybrid here is {best_transformer[shape] / hybrid[shape]:.2f} times as "
-                        "fast as PyTorch's best Transformer.")
+        text.append(f"| {name} | {what} | {B} x {T:,} | " + " | ".join(show(line.get(e)) for e in engines) +
+                    f" | {ratio(best_peer(line), ms(line.get('transxssm')))} |")
+    hybrids = [k for k in cells if k[0].endswith("hybrid") and (k[0][:-6] + "transformer",) + k[1:] in cells]
+    if hybrids:
+        text += ["", "| our hybrid over | | B x T | our Transformer | PyTorch's best Transformer |", "|---|---|---|---|---|"]
+    for model, what, B, T in hybrids:
+        line, ours = cells[model[:-6] + "transformer", what, B, T], ms(cells[model, what, B, T].get("transxssm"))
+        text.append(f"| {model[:-6]}| {what} | {B} x {T:,} | {ratio(ms(line.get('transxssm')), ours)} | "
+                    f"{ratio(best_peer(line), ours)} |")
     return "\n".join(text) + "\n"
 
 
@@ -481,20 +483,28 @@ def put_into_document(path, case, text):
         f.write(document)
 
 
+def families(text):
+    names = FAMILIES if text == "all" else text.split(",")
+    for name in names:
+        if name not in FAMILIES:
+            raise argparse.ArgumentTypeError(f"'{name}' is not one of {', '.join(FAMILIES)}, all")
+    return names
+
+
 def main():
     numbers = lambda s: [int(n) for n in s.split(",")]
     cases = {"train": train, "prefill": None, "decode": decode, "ssd": ssd, "attention": attention, "gemm": gemm}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(cases) + " [all]")
     p.add_argument("--preset", default="320m", choices=PRESETS)
-    p.add_argument("--model", default="all", choices=["hybrid", "transformer", "ssm", "all"])
+    p.add_argument("--model", default="all", type=families, help="hybrid, transformer, ssm, several by commas, or all")
     p.add_argument("--lengths", type=numbers, default="512,1024,2048,4096,8192,16384,32768,65536")
     p.add_argument("--step-tokens", type=int, default=65536)
     p.add_argument("--contexts", type=numbers, default="512,4096,16384,65536")
     p.add_argument("--batches", type=numbers, default="1,8,64")
     for name in ("lengths", "contexts", "batches"):
         p.add_argument("--peer-" + name, type=numbers, help="PyTorch at these alone: compiling takes minutes")
-    p.add_argument("--peer-model", choices=["hybrid", "transformer", "ssm", "all"])
+    p.add_argument("--peer-model", type=families)
     p.add_argument("--repeats", type=int, default=10)
     p.add_argument("--compile", default="model", choices=["model", "layers", "none"], help="layers: sooner ready")
     p.add_argument("--mamba", default="", help="folder that holds mamba_ssm")
@@ -507,11 +517,8 @@ def main():
             p.error(f"unknown case '{case}': expected one of {', '.join(cases)}")
     if not torch.cuda.is_available():
         sys.exit("bench_pytorch.py: no NVIDIA GPU was found")
-    families = lambda model: ["hybrid", "transformer", "ssm"] if model == "all" else [model]
-    a.families = families(a.model)
     peer = argparse.Namespace(**vars(a))
-    peer.families = families(a.peer_model or a.model)
-    for name in ("lengths", "contexts", "batches"):
+    for name in ("model", "lengths", "contexts", "batches"):
         setattr(peer, name, getattr(a, "peer_" + name) or getattr(a, name))
     global MAMBA
     MAMBA = import_mamba(a.mamba)

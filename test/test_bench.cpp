@@ -144,6 +144,7 @@ TEST_CASE("bench: every bad option is one line and exit status 2, before a GPU i
     CHECK_EQ(bad({"decode", "--batches", "0"}, {"--batches", "0"}), "");
     CHECK_EQ(bad({"decode", "--tokens", "0"}, {"--tokens"}), "");
     CHECK_EQ(bad({"train", "--model", "lstm"}, {"--model", "'lstm'", "ssm"}), "");
+    CHECK_EQ(bad({"train", "--model", "ssm,lstm"}, {"--model", "'lstm'", "ssm"}), "");
     CHECK_EQ(bad({"ssd", "--batch", "4"}, {"--batch"}), "");
     CHECK_EQ(bad({"--lengths", "512"}, {"--lengths"}), "");
     CHECK_EQ(bad({"--precision", "fp8"}, {"--precision", "'fp8'"}), "");
