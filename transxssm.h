@@ -620,6 +620,10 @@ void ssd_chunked_backward(Precision, float* dsc, float* ddt, float* ddA, float* 
                           const SsdShape&);
 void swiglu_forward(Precision, float* h, const float* gate_up, int64 rows, int64 F);
 void swiglu_backward(Precision, float* dgate_up, const float* dh, const float* gate_up, int64 rows, int64 F);
+// gate_up = x W^T, h = swiglu(gate_up); and, from dy (rows,D), the gradient of h W_down^T: dgate_up, and h once more.
+void gate_up_forward(Precision, float* h, float* gate_up, const float* x, const float* w, int64 rows, int64 D, int64 F);
+void down_backward(Precision, float* dgate_up, float* h, const float* dy, const float* gate_up, const float* w_down,
+                   int64 rows, int64 D, int64 F);
 // logits, in rows a multiple of 8 apart, become the gradient of the sum of the losses.
 void cross_entropy(Precision, float* losses, float* logits, const int32_t* targets, int64 rows, int64 V);
 
