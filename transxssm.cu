@@ -6503,11 +6503,12 @@ void ssd_chunked_forward(Precision precision, float* Y, float* S_T, const float*
         Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), st(nullptr, states);
         const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
         Array<float> scratch(nullptr, ssd_scratch(n, tiles));
-        ssd_forward<A>(yd, st, nullptr, scratch, p, p + (sb - sc), p + (sx - sc), dtd, dAd, S_0 ? (float*)s0 : nullptr,
-                       Angles(table, pos0), n, tiles, nullptr);
+        float* last = S_T == S_0 ? s0 : st;  // in place
+        ssd_forward<A>(yd, last, nullptr, scratch, p, p + (sb - sc), p + (sx - sc), dtd, dAd,
+                       S_0 ? (float*)s0 : nullptr, Angles(table, pos0), n, tiles, nullptr);
         CHECK_CUDA(cudaDeviceSynchronize());  // before the angles are freed
         yd.to(Y);
-        st.to(S_T);
+        (S_T == S_0 ? s0 : st).to(S_T);
     });
 }
 void ssd_chunked_backward(Precision precision, float* dsc, float* ddt, float* ddA, float* dS_0, const float* dY,

@@ -334,6 +334,13 @@ TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths,
                                                   angles, pos0, n);
                         CHECK_EQ(compare("Y", gY, Y, tol.product), "");
                         CHECK_EQ(compare("S_T", gST, ST, tol.product), "");
+                        if (states) {  // in place; the few pairs of B 2 share the GPU's blocks
+                            std::vector<float> again = gY, S = S0;
+                            cuda::ssd_chunked_forward(k.precision, again.data(), S.data(), p.data(), p.data() + bo,
+                                                      p.data() + xo, dt.data(), dA.data(), S.data(), angles, pos0, n);
+                            CHECK(again == gY);
+                            CHECK(S == gST);
+                        }
                         cuda::ssd_chunked_backward(k.precision, gd.data(), gddt.data(), gddA.data(), gdS0.data(),
                                                    dY.data(), states ? dST.data() : nullptr, p.data(), p.data() + bo,
                                                    p.data() + xo, dt.data(), dA.data(), states ? S0.data() : nullptr,
