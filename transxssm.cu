@@ -2300,62 +2300,52 @@ static size_t ssd_fast_shared(int64 N) {
                     : std::max(sizeof(SsdBackwardShared<64>), sizeof(SsdForwardShared<64, 1>));
 }
 
-// How the work is cut: into a range per block, or (segments > 0) into tasks. chained: a state at a border comes from the
-// block that was there before, else all are known.
-struct SsdTasks {
-    int pairs, H, T, chunks, blocks;
+// How the work is cut. `abreast` neighbouring heads of a sequence go side by side, each in a block of its own, so that
+// what their blocks read at a time lies together in memory. The chunks of all such groups of pairs, one group after the
+// other, are dealt out to `ranges` equal ranges. chained: a state at a border comes from the block that was there before,
+// else all are known.
+struct SsdCut {
+    int H, T, chunks, abreast, groups, ranges;
     bool chained;
-    int segments, per_segment;
-    bool cut() const {
-        return segments > 0 ? segments > 1 : pairs % blocks != 0;
-    }  // whether there are borders in pairs
-    bool together() const { return chained && cut(); }
-    int64 slots() const { return segments > 0 ? int64(pairs) * segments : blocks + 1; }  // of states at borders
-    __device__ int64 range(int i, int ranges) const { return int64(pairs) * chunks * i / ranges; }
+    __host__ __device__ int pairs() const { return groups * abreast; }
+    int blocks() const { return ranges * abreast; }
+    bool borders() const { return groups % ranges != 0; }  // whether there are any within pairs
+    int slots() const { return blocks() + abreast; }       // of states at borders
+    __device__ int64 range(int i, int of) const { return int64(groups) * chunks * i / of; }
 };
-// A chunk of a block's work, in the order of the sweep: `step` of `pair`, before `end`, where this piece of work ends. row:
-// the chunk's first token among those of all sequences. border: where the state at the beginning of the piece is.
+// A chunk of a block's work, in the order of the sweep: `step` of `pair`, before `end`, where the block's part of the pair
+// ends. row: the chunk's first token among those of all sequences.
 template <bool kReverse>
 struct SsdPlace {
     int64 row;
-    int piece, last, pair, h, step, end, chunk, border;  // piece, last: the task or pair, and the one to end with
-    __device__ static bool tasks(const SsdTasks& n) { return kReverse && n.segments > 0; }  // or ranges
-    __device__ SsdPlace(const SsdTasks& n) {
-        const int block = int(blockIdx.x), blocks = int(gridDim.x);
-        last = tasks(n) ? n.pairs * n.segments - 1 : int(n.range(block, blocks) / n.chunks);
-        begin(n, tasks(n) ? block : int((n.range(block + 1, blocks) - 1) / n.chunks));
+    int group, last, pair, h, step, end, chunk;                   // last: the group to end with
+    __device__ static int64 border(const SsdCut& n, int after) {  // where the block's range begins, or (1) ends
+        return n.range(int(blockIdx.x) / n.abreast + after, int(gridDim.x) / n.abreast);
     }
-    __device__ void begin(const SsdTasks& n, int p) {
-        piece = p;
-        if (tasks(n)) {
-            pair = p % n.pairs;
-            step = p / n.pairs * n.per_segment;
-            end = min(n.chunks, step + n.per_segment);
-            border = pair * n.segments + p / n.pairs;
-        } else {
-            const int64 zero = int64(p) * n.chunks;
-            pair = p;
-            step = int(max(n.range(int(blockIdx.x), int(gridDim.x)) - zero, int64(0)));
-            end = int(min(n.range(int(blockIdx.x) + 1, int(gridDim.x)) - zero, int64(n.chunks)));
-            border = int(blockIdx.x);
-        }
+    __device__ SsdPlace(const SsdCut& n) : last(int(border(n, 0) / n.chunks)) {
+        begin(n, int((border(n, 1) - 1) / n.chunks));
+    }
+    __device__ void begin(const SsdCut& n, int g) {
+        group = g;
+        pair = g * n.abreast + int(blockIdx.x) % n.abreast;
         h = pair % n.H;
+        step = int(max(border(n, 0) - int64(g) * n.chunks, int64(0)));
+        end = int(min(border(n, 1) - int64(g) * n.chunks, int64(n.chunks)));
         chunk = kReverse ? n.chunks - 1 - step : step;
         row = pair / n.H * int64(n.T) + time();
     }
     __device__ int time() const { return chunk * kChunk; }
-    __device__ int valid(const SsdTasks& n) const { return min(kChunk, n.T - time()); }
+    __device__ int valid(const SsdCut& n) const { return min(kChunk, n.T - time()); }
     __device__ bool at_end() const { return step + 1 == end; }
-    __device__ bool next(const SsdTasks& n) {
-        if (!at_end()) {
+    __device__ bool next(const SsdCut& n) {
+        if (at_end()) {
+            if (group == last) return false;
+            begin(n, group - 1);
+        } else {
             ++step;
             chunk += kReverse ? -1 : 1;
             row += kReverse ? -kChunk : kChunk;
-            return true;
         }
-        const int p = tasks(n) ? piece + int(gridDim.x) : piece - 1;
-        if (tasks(n) ? p > last : p < last) return false;
-        begin(n, p);
         return true;
     }
 };
@@ -2598,12 +2588,12 @@ __device__ inline void weigh(Accumulator<NT>& g, const SsdVectors& v, int row, i
 }
 // A warp's rows of the state at the beginning and the end of a pair's part of a range.
 template <int N, bool kReverse>
-__device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdTasks& tasks,
+__device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdCut& cut,
                              const float* first, const float* borders, const int* flags, int row, const SsdRope& rope) {
     const float* from = first ? first + int64(at.pair) * kFastP * N : nullptr;
     if (at.step > 0) {
-        if (tasks.chained) await_note(flags + 4 * at.border + row / 16);
-        from = borders + int64(at.border) * kFastP * N;
+        if (cut.chained) await_note(flags + 4 * int(blockIdx.x) + row / 16);
+        from = borders + int64(blockIdx.x) * kFastP * N;
     }
     state.zero();
     if (!from) return;
@@ -2618,58 +2608,58 @@ __device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>
     rotate_to<N>(state, -1.0f, rope, rope.before.get() + at.time());
 }
 template <int N, bool kReverse>
-__device__ inline void leave(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdTasks& tasks,
-                             float* last, float* borders, int* flags, int row, const SsdRope& rope) {
+__device__ inline void leave(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdCut& cut, float* last,
+                             float* borders, int* flags, int row, const SsdRope& rope) {
     const int64 position = rope.before.get() + at.time();
-    if (at.end == tasks.chunks) {
+    if (at.end == cut.chunks) {
         if (last) write_state<N>(last + int64(at.pair) * kFastP * N, state, row, rope, position);
-    } else if (tasks.chained) {
-        write_state<N>(borders + int64(at.border + 1) * kFastP * N, state, row, rope, position);
-        leave_note(flags + 4 * (at.border + 1) + row / 16);
+    } else if (cut.chained) {
+        const int next = int(blockIdx.x) + cut.abreast;
+        write_state<N>(borders + int64(next) * kFastP * N, state, row, rope, position);
+        leave_note(flags + 4 * next + row / 16);
     }
 }
 // A block's way through its range; warps of all roles go it in step. Tiles arrive stages - 1 chunks ahead:
 // fetch(place, stage) begins that; work(place, whether more follow, stage, turn, stage of the next) waits for what it has
 // fetched of the next chunk.
 template <int team, int stages, class Place, class Fetch, class Work>
-__device__ inline void ssd_sweep(const SsdTasks& tasks, Place at, Fetch fetch, Work work) {
+__device__ inline void ssd_sweep(const SsdCut& cut, Place at, Fetch fetch, Work work) {
     for (int stage = 0, turn = 0;; turn ^= 1) {
         const int after = stage + 1 == stages ? 0 : stage + 1;
         if (team == 4) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));  // for wgmma to see it, too:
         block_barrier();  // this chunk's tiles, vectors and state are complete, all that is older has been read
         Place ahead = at;
-        const bool more = ahead.next(tasks);
-        if (more && (stages == 2 || ahead.next(tasks))) fetch(ahead, stages == 2 ? after : 3 - stage - after);
+        const bool more = ahead.next(cut);
+        if (more && (stages == 2 || ahead.next(cut))) fetch(ahead, stages == 2 ? after : 3 - stage - after);
         copies_commit();
         work(at, more, stage, turn, after);
-        if (!at.next(tasks)) return;
+        if (!at.next(cut)) return;
         stage = after;
     }
 }
 template <class Place>
-__device__ inline void load_steps(SsdSteps& steps, const float* dt, const float* dA, const Place& p,
-                                  const SsdTasks& n) {
+__device__ inline void load_steps(SsdSteps& steps, const float* dt, const float* dA, const Place& p, const SsdCut& n) {
     steps.load(dt, dA, p.row * n.H + p.h, n.H, p.valid(n));
 }
 template <class Place>
-__device__ inline void load_next_steps(SsdSteps& steps, const float* dt, const float* dA, Place p, const SsdTasks& n) {
+__device__ inline void load_next_steps(SsdSteps& steps, const float* dt, const float* dA, Place p, const SsdCut& n) {
     if (p.next(n)) load_steps(steps, dt, dA, p, n);
 }
 // Before the sweep: the first tiles and vectors.
 template <int stages, int N, class Place, class Fetch, class Arrived>
-__device__ inline void ssd_begin(const SsdTasks& tasks, const Place& at, SsdAngles<N>& angles, const SsdRope& rope,
+__device__ inline void ssd_begin(const SsdCut& cut, const Place& at, SsdAngles<N>& angles, const SsdRope& rope,
                                  SsdVectors& vectors, const float* dt, const float* dA, Fetch fetch, Arrived arrived) {
     fetch(at, 0);
     copies_commit();
     if (stages == 3) {
         Place next = at;
-        if (next.next(tasks)) fetch(next, 1);
+        if (next.next(cut)) fetch(next, 1);
         copies_commit();
     }
     angles.fill(rope);
     if (threadIdx.x < 32) {
         SsdSteps steps;
-        load_steps(steps, dt, dA, at, tasks);
+        load_steps(steps, dt, dA, at, cut);
         steps.write(vectors);
     }
     __syncthreads();  // the angles are there
@@ -2683,7 +2673,7 @@ __device__ inline void ssd_begin(const SsdTasks& tasks, const Place& at, SsdAngl
 template <int N, int team, bool kReverse>
 __global__ void __launch_bounds__(128, 2)
     ssd_states_kernel(float* states, float* log_decays, const bf16* fn, const bf16* fp, int64 ld_p, const float* dt,
-                      const float* dA, SsdRope rope, SsdShape n, SsdTasks tasks) {
+                      const float* dA, SsdRope rope, SsdShape n, SsdCut cut) {
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     using Shared = SsdShared<N, team, 3>;
@@ -2691,22 +2681,22 @@ __global__ void __launch_bounds__(128, 2)
     const SsdWide<N, team> wide;
     const SsdNarrow<team> narrow;
     const int thread = int(threadIdx.x), row = int(threadIdx.x / 32 * 16);
-    SsdPlace<kReverse> at(tasks);
-    if (at.end == tasks.chunks) return;
-    at.last = at.pair;
+    SsdPlace<kReverse> at(cut);
+    if (at.end == cut.chunks) return;
+    at.last = at.group;
     const auto fetch = [&](const auto& p, int stage) {
-        fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * n.ld + p.h * N, n.ld, p.valid(tasks));
-        fetch_tile<128>(thread, narrow, m.X[stage], fp + p.row * ld_p + p.h * P, ld_p, p.valid(tasks));
+        fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<128>(thread, narrow, m.X[stage], fp + p.row * ld_p + p.h * P, ld_p, p.valid(cut));
     };
     const auto arrived = [&](int stage) { rotate_fetched<128, N, team>(thread, m.angles, wide, m.B[stage]); };
-    ssd_begin<Shared::stages>(tasks, at, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
+    ssd_begin<Shared::stages>(cut, at, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     Accumulator<N / 8> state[1];
     state[0].zero();
     float log_decay = 0;
-    ssd_sweep<team, Shared::stages>(tasks, at, fetch, [&](const auto& here, bool more, int stage, int turn, int after) {
+    ssd_sweep<team, Shared::stages>(cut, at, fetch, [&](const auto& here, bool more, int stage, int turn, int after) {
         const SsdVectors& v = m.vectors[turn];
         SsdSteps steps;
-        if (row == 0) load_next_steps(steps, dt, dA, here, tasks);
+        if (row == 0) load_next_steps(steps, dt, dA, here, cut);
         Rows<bf16, kChunk> x[1];
         load_scaled_transposed(x[0], narrow, m.X[stage], row, kReverse ? v.from_in : v.into);
         const float all = v.from_in[kChunk - 1];
@@ -2725,17 +2715,18 @@ __global__ void __launch_bounds__(128, 2)
 // The states at the borders of the `blocks` ranges from those of the finer ones, `parts` for each. One thread per number
 // of a pair's state; first: S_0, or dS_T.
 __global__ void pass_states_kernel(float* borders, const float* states, const float* log_decays, const float* first,
-                                   int64 PN, int parts, SsdTasks tasks) {
+                                   int64 PN, int parts, SsdCut cut) {
     const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= tasks.pairs * PN) return;
-    const int ranges = tasks.blocks * parts;
-    const int64 begin = i / PN * tasks.chunks, end = begin + tasks.chunks;
+    if (i >= cut.pairs() * PN) return;
+    const int ranges = cut.ranges * parts, pair = int(i / PN), lane = pair % cut.abreast;
+    const int64 begin = int64(pair / cut.abreast) * cut.chunks, end = begin + cut.chunks;
     float s = first ? first[i] : 0.0f;
-    int r = int(begin * ranges / (int64(tasks.pairs) * tasks.chunks));  // the range that the pair begins in
-    while (tasks.range(r + 1, ranges) <= begin) ++r;
-    for (; tasks.range(r + 1, ranges) < end; ++r) {
-        s = expf(log_decays[r]) * s + states[r * PN + i % PN];
-        if ((r + 1) % parts == 0) borders[(r + 1) / parts * PN + i % PN] = s;
+    int r = int(begin * ranges / (int64(cut.groups) * cut.chunks));  // the range that the pair begins in
+    while (cut.range(r + 1, ranges) <= begin) ++r;
+    for (; cut.range(r + 1, ranges) < end; ++r) {
+        const int64 at = int64(r) * cut.abreast + lane;
+        s = expf(log_decays[at]) * s + states[at * PN + i % PN];
+        if ((r + 1) % parts == 0) borders[((r + 1) / parts * int64(cut.abreast) + lane) * PN + i % PN] = s;
     }
 }
 
@@ -2743,7 +2734,7 @@ template <int N, int team>
 __global__ void __launch_bounds__(kForwardThreads, 1)
     ssd_forward_fast_kernel(bf16* Y, float* S_T, bf16* chunk_states, const bf16* sc, const bf16* sb, const bf16* sx,
                             const float* dt, const float* dA, const float* S_0, SsdRope rope, float* borders,
-                            int* flags, SsdShape n, SsdTasks tasks) {
+                            int* flags, SsdShape n, SsdCut cut) {
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     using Shared = SsdForwardShared<N, team>;
@@ -2753,23 +2744,23 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     const int warp = int(threadIdx.x / 32), row = int(threadIdx.x / 32 % 4 * 16);  // of tokens or of the state
     constexpr int kThreads = 128;                                                  // that bring the tiles: warps 8-11
     const int thread = int(threadIdx.x) - 256;
-    const SsdPlace<false> first(tasks);
+    const SsdPlace<false> first(cut);
     const auto fetch = [&](const auto& p, int stage) {
         if (thread < 0) return;
         const int64 at = p.row * n.ld;
-        fetch_tile<kThreads>(thread, wide, m.C[stage], sc + at + p.h * N, n.ld, p.valid(tasks));
-        fetch_tile<kThreads>(thread, wide, m.B[stage], sb + at + p.h * N, n.ld, p.valid(tasks));
-        fetch_tile<kThreads>(thread, narrow, m.X[stage], sx + at + p.h * P, n.ld, p.valid(tasks));
+        fetch_tile<kThreads>(thread, wide, m.C[stage], sc + at + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<kThreads>(thread, wide, m.B[stage], sb + at + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<kThreads>(thread, narrow, m.X[stage], sx + at + p.h * P, n.ld, p.valid(cut));
     };
     const auto arrived = [&](int stage) {
         if (thread >= 0) rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.C[stage], m.B[stage]);
     };
-    ssd_begin<Shared::stages>(tasks, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
+    ssd_begin<Shared::stages>(cut, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     if (warp >= 8) {
         set_registers<team, 104, false>();
-        ssd_sweep<team, Shared::stages>(tasks, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
+        ssd_sweep<team, Shared::stages>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
             SsdSteps steps;
-            if (warp == 8) load_next_steps(steps, dt, dA, at, tasks);
+            if (warp == 8) load_next_steps(steps, dt, dA, at, cut);
             copies_wait<1>();
             if (more) arrived(after);
             if (more && warp == 8) steps.write(m.vectors[turn ^ 1]);
@@ -2779,7 +2770,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     if (warp < 4) {
         set_registers<team, 200, true>();
         ssd_sweep<team, Shared::stages>(
-            tasks, first, [](const auto&, int) {},
+            cut, first, [](const auto&, int) {},
             [&](const auto& at, bool, int stage, int turn, int) {
                 const SsdVectors& v = m.vectors[turn];
                 Accumulator<8> y[1], g[1];
@@ -2793,16 +2784,16 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
                 y[0].scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
                 accumulate(y, G, narrow, m.X[stage]);
                 products_wait<team, 0>(y);
-                write_rows(Y + ((at.row + row) * n.H + at.h) * P, n.H * P, y[0], at.valid(tasks) - row);
+                write_rows(Y + ((at.row + row) * n.H + at.h) * P, n.H * P, y[0], at.valid(cut) - row);
             });
         return;
     }
     set_registers<team, 200, true>();
     Accumulator<N / 8> state[1];
-    enter<N>(state[0], first, tasks, S_0, borders, flags, row, rope);
+    enter<N>(state[0], first, cut, S_0, borders, flags, row, rope);
     write_rows(wide, m.S[0], row, state[0]);
     ssd_sweep<team, Shared::stages>(
-        tasks, first, [](const auto&, int) {},
+        cut, first, [](const auto&, int) {},
         [&](const auto& at, bool more, int stage, int turn, int) {
             const SsdVectors& v = m.vectors[turn];
             Rows<bf16, kChunk> x[1];
@@ -2811,7 +2802,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
             state[0].scale_rows(all, all);
             accumulate(state, x, wide, m.B[stage]);
             if (chunk_states) {
-                bf16* to = chunk_states + (int64(at.pair) * tasks.chunks + at.chunk) * P * N;
+                bf16* to = chunk_states + (int64(at.pair) * cut.chunks + at.chunk) * P * N;
 #pragma unroll
                 for (int i = 0; i < N / 16; ++i) {
                     const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
@@ -2821,9 +2812,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
             }
             products_wait<team, 0>(state);
             if (at.at_end()) {
-                leave<N>(state[0], at, tasks, S_T, borders, flags, row, rope);
+                leave<N>(state[0], at, cut, S_T, borders, flags, row, rope);
                 auto next = at;
-                if (next.next(tasks)) enter<N>(state[0], next, tasks, S_0, borders, flags, row, rope);
+                if (next.next(cut)) enter<N>(state[0], next, cut, S_0, borders, flags, row, rope);
             } else {
                 rotate_frame<N>(state[0], -1.0f, m.angles);
             }
@@ -2841,7 +2832,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
     ssd_backward_fast_kernel(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, float* dS_0, const bf16* dY,
                              const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx, const float* dt,
                              const float* dA, const bf16* chunk_states, SsdRope rope, float* borders, int* flags,
-                             SsdShape n, SsdTasks tasks) {
+                             SsdShape n, SsdCut cut) {
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     SsdBackwardShared<N>& m = *reinterpret_cast<SsdBackwardShared<N>*>(ssd_memory);
@@ -2850,13 +2841,13 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
     constexpr int ldn = wide.ld, ldp = narrow.ld;
     const int thread = int(threadIdx.x), warp = int(threadIdx.x / 32);
     const int row = int(threadIdx.x / 32 % 4 * 16);  // of tokens; warps 4-7: also of the state
-    const SsdPlace<true> first(tasks);
+    const SsdPlace<true> first(cut);
     const auto fetch = [&](const auto& p, int turn) {
-        const bf16* S = chunk_states + (int64(p.pair) * tasks.chunks + p.chunk) * P * N;
-        fetch_tile<kSsdThreads>(thread, wide, m.C[turn], sc + p.row * n.ld + p.h * N, n.ld, p.valid(tasks));
-        fetch_tile<kSsdThreads>(thread, wide, m.B[turn], sb + p.row * n.ld + p.h * N, n.ld, p.valid(tasks));
-        fetch_tile<kSsdThreads>(thread, narrow, m.X[turn], sx + p.row * n.ld + p.h * P, n.ld, p.valid(tasks));
-        fetch_tile<kSsdThreads>(thread, narrow, m.dY[turn], dY + (p.row * n.H + p.h) * P, n.H * P, p.valid(tasks));
+        const bf16* S = chunk_states + (int64(p.pair) * cut.chunks + p.chunk) * P * N;
+        fetch_tile<kSsdThreads>(thread, wide, m.C[turn], sc + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<kSsdThreads>(thread, wide, m.B[turn], sb + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<kSsdThreads>(thread, narrow, m.X[turn], sx + p.row * n.ld + p.h * P, n.ld, p.valid(cut));
+        fetch_tile<kSsdThreads>(thread, narrow, m.dY[turn], dY + (p.row * n.H + p.h) * P, n.H * P, p.valid(cut));
         fetch_tile<kSsdThreads>(thread, wide, m.S[turn], S, N, P);
     };
     const auto arrived = [&](int turn) {
@@ -2879,13 +2870,13 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             }
             sum += later;
             later = __shfl_sync(~0u, sum, 0);
-            if (t < p.valid(tasks)) {
+            if (t < p.valid(cut)) {
                 ddt[(p.row + t) * n.H + p.h] = d.X_dXd[t];
                 ddA[(p.row + t) * n.H + p.h] = sum;
             }
         }
     };
-    ssd_begin<2>(tasks, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
+    ssd_begin<2>(cut, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     const int r0 = row + acc_row(), r1 = r0 + 8;
     const auto put = [&](float* to, float(&s)[2]) {  // row sums, from the 4 threads that share the row
         s[0] = quad_sum(s[0]);
@@ -2898,12 +2889,12 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
     if (warp < 4) {
         SsdPlace<true> before = first;  // the chunk before this one
         int last = -1;                  // and its turn
-        ssd_sweep<1, 2>(tasks, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
+        ssd_sweep<1, 2>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
             const SsdVectors& v = m.vectors[turn];
             SsdDots& dots = m.dots[turn];
-            const int rows = at.valid(tasks) - row;
+            const int rows = at.valid(cut) - row;
             SsdSteps steps;
-            if (warp == 3) load_next_steps(steps, dt, dA, at, tasks);
+            if (warp == 3) load_next_steps(steps, dt, dA, at, cut);
             if (last >= 0 && warp == 2) finish(before, m.dots[last]);
             Rows<bf16, N> b;
             Rows<bf16, P> x;
@@ -2974,12 +2965,12 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         return;
     }
     Accumulator<N / 8> state;  // dS
-    enter<N>(state, first, tasks, dS_T, borders, flags, row, rope);
+    enter<N>(state, first, cut, dS_T, borders, flags, row, rope);
     write_rows(wide, m.dS[0], row, state);
-    ssd_sweep<1, 2>(tasks, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
+    ssd_sweep<1, 2>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
         const SsdVectors& v = m.vectors[turn];
         SsdDots& dots = m.dots[turn];
-        const int rows = at.valid(tasks) - row;
+        const int rows = at.valid(cut) - row;
         Rows<bf16, 32> ME[2];
         Rows<bf16, P> d;
         d.load(m.dY[turn] + row * ldp, ldp);
@@ -3017,9 +3008,9 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         state.scale_rows(all, all);
         multiply<Layout::plain>(state, scaled, m.C[turn], ldn);
         if (at.at_end()) {
-            leave<N>(state, at, tasks, dS_0, borders, flags, row, rope);
+            leave<N>(state, at, cut, dS_0, borders, flags, row, rope);
             auto next = at;
-            if (next.next(tasks)) enter<N>(state, next, tasks, dS_T, borders, flags, row, rope);
+            if (next.next(cut)) enter<N>(state, next, cut, dS_T, borders, flags, row, rope);
         } else {
             rotate_frame<N>(state, 1.0f, m.angles);
         }
@@ -3038,25 +3029,25 @@ static int64 multiprocessors() {
     CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
     return count;
 }
-// A block for each multiprocessor, if each has 4 chunks to do, or else whole pairs. With many pairs the backward is cut
-// into tasks, four segments to a pair: that was faster.
-static SsdTasks ssd_tasks(const SsdShape& n, const SsdTiles& t, bool backward) {
+// A block for each multiprocessor, if each has 4 chunks to do, or else whole pairs. Heads go abreast as far as (almost)
+// no multiprocessor is left without work.
+static SsdCut ssd_cut(const SsdShape& n, const SsdTiles& t) {
     const int64 chunks = ssd_chunks(t, n.T), pairs = n.B * n.H, most = multiprocessors();
     if (pairs > INT32_MAX / 8) fail("SSD: %lld sequences are too many for one batch", (long long)n.B);
-    const int64 blocks = std::min(most, std::max(pairs, ceil_div(pairs * chunks, 4)));
-    const int64 per_segment = ceil_div(chunks, std::min<int64>(4, std::max<int64>(1, chunks / 4)));
-    const bool chained = pairs >= blocks;
-    const int segments = chained && backward ? int(ceil_div(chunks, per_segment)) : 0;
-    return {int(pairs), int(n.H), int(n.T), int(chunks), int(blocks), chained, segments, int(per_segment)};
+    int64 abreast = n.H;
+    while (n.H % abreast != 0 || most % abreast * 64 > most) --abreast;
+    const int64 groups = pairs / abreast;
+    const int64 ranges = std::min(most / abreast, std::max(groups, ceil_div(groups * chunks, 4)));
+    return {int(n.H), int(n.T), int(chunks), int(abreast), int(groups), int(ranges), groups >= ranges};
 }
 static constexpr int kSsdParts = 2;  // ranges of ssd_states_kernel per range of the sweep
 // Floats of scratch: the states at borders; their flags, or the states of the finer ranges, their decays and a copy of S_0.
 static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
     if (!t.fast) return 0;
-    const SsdTasks tasks = ssd_tasks(n, t, false);
+    const SsdCut cut = ssd_cut(n, t);
     const int64 PN = n.P * n.N;
-    if (tasks.chained) return std::max(tasks.slots(), ssd_tasks(n, t, true).slots()) * (PN + 4);
-    return (tasks.slots() + tasks.pairs) * PN + tasks.blocks * kSsdParts * (PN + 1);
+    if (cut.chained) return cut.slots() * (PN + 4);
+    return (cut.slots() + cut.pairs()) * PN + cut.blocks() * kSsdParts * (PN + 1);
 }
 // Calls f(N, team), as types, for the fast form that fits.
 template <class F>
@@ -3073,20 +3064,20 @@ static void ssd_form(int64 N, F f) {
 // Before a fast sweep: clears the flags of its borders, which it returns, or fills the borders.
 template <int N, int team, bool kReverse>
 static int* ssd_prepare(const char* name, float* borders, const bf16* fn, const bf16* fp, int64 ld_p, const float* dt,
-                        const float* dA, const float* first, const SsdRope& rope, const SsdShape& n,
-                        const SsdTasks& tasks, cudaStream_t stream) {
-    const int64 PN = n.P * n.N, ranges = tasks.blocks * kSsdParts;
-    float *behind = borders + tasks.slots() * PN, *log_decays = behind + ranges * PN;
+                        const float* dA, const float* first, const SsdRope& rope, const SsdShape& n, const SsdCut& cut,
+                        cudaStream_t stream) {
+    const int64 PN = n.P * n.N, ranges = cut.blocks() * kSsdParts;
+    float *behind = borders + cut.slots() * PN, *log_decays = behind + ranges * PN;
     int* flags = reinterpret_cast<int*>(behind);
-    if (!tasks.cut()) return flags;
-    if (tasks.chained) {
-        CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * tasks.slots()) * sizeof(int), stream));
+    if (!cut.borders()) return flags;
+    if (cut.chained) {
+        CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
         return flags;
     }
     launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, behind,
-           log_decays, fn, fp, ld_p, dt, dA, rope, n, tasks);
-    launch(name, pass_states_kernel, ceil_div(tasks.pairs * PN, 256), 256, 0, stream, borders, behind, log_decays,
-           first, PN, kSsdParts, tasks);
+           log_decays, fn, fp, ld_p, dt, dA, rope, n, cut);
+    launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, behind, log_decays,
+           first, PN, kSsdParts, cut);
     return flags;
 }
 
@@ -3101,20 +3092,20 @@ static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const
         if (t.fast)
             return ssd_form(n.N, [&](auto kN, auto kTeam) {
                 constexpr int N = decltype(kN)::value, team = decltype(kTeam)::value;
-                const SsdTasks tasks = ssd_tasks(n, t, false);
-                if (S_0 && S_0 == S_T && tasks.cut() &&
-                    !tasks.chained) {  // who reads S_0 may come after who writes S_T
-                    const int64 states = int64(tasks.pairs) * n.P * n.N;
+                const SsdCut cut = ssd_cut(n, t);
+                if (S_0 && S_0 == S_T && cut.borders() &&
+                    !cut.chained) {  // who reads S_0 may come after who writes S_T
+                    const int64 states = int64(cut.pairs()) * n.P * n.N;
                     float* copy = scratch + ssd_scratch(n, t) - states;
                     CHECK_CUDA(
                         cudaMemcpyAsync(copy, S_0, size_t(states) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
                     S_0 = copy;
                 }
                 int* flags = ssd_prepare<N, team, false>("ssd_forward", scratch, sb, sx, n.ld, dt, dA, S_0, rope, n,
-                                                         tasks, stream);
-                launch(tasks.together(), "ssd_forward", ssd_forward_fast_kernel<N, team>, tasks.blocks, kForwardThreads,
-                       sizeof(SsdForwardShared<N, team>), stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, rope,
-                       scratch, flags, n, tasks);
+                                                         cut, stream);
+                launch(cut.chained && cut.borders(), "ssd_forward", ssd_forward_fast_kernel<N, team>, cut.blocks(),
+                       kForwardThreads, sizeof(SsdForwardShared<N, team>), stream, Y, S_T, chunk_states, sc, sb, sx, dt,
+                       dA, S_0, rope, scratch, flags, n, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_forward", small ? ssd_forward_kernel<A, 2> : ssd_forward_kernel<A, 8>, n.B * n.H, kSsdThreads,
@@ -3129,12 +3120,12 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
         if (t.fast)
             return ssd_form(n.N, [&](auto kN, auto kTeam) {
                 constexpr int N = decltype(kN)::value, team = decltype(kTeam)::value;
-                const SsdTasks tasks = ssd_tasks(n, t, true);
+                const SsdCut cut = ssd_cut(n, t);
                 int* flags = ssd_prepare<N, team, true>("ssd_backward", scratch, sc, dY, n.H * n.P, dt, dA, dS_T, turn,
-                                                        n, tasks, stream);
-                launch(tasks.together(), "ssd_backward", ssd_backward_fast_kernel<N>, tasks.blocks, kSsdThreads,
-                       sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt,
-                       dA, chunk_states, turn, scratch, flags, n, tasks);
+                                                        n, cut, stream);
+                launch(cut.chained && cut.borders(), "ssd_backward", ssd_backward_fast_kernel<N>, cut.blocks(),
+                       kSsdThreads, sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc,
+                       sb, sx, dt, dA, chunk_states, turn, scratch, flags, n, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_backward", small ? ssd_backward_kernel<A, 2> : ssd_backward_kernel<A, 8>, n.B * n.H, kSsdThreads,
