@@ -537,6 +537,10 @@ struct Rows<bf16, K> {
         memcpy(&bits, &two, 4);
         return bits;
     }
+    __device__ static void unpack(float (&f)[2], uint32_t two) {
+        f[0] = __uint_as_float(two << 16);
+        f[1] = __uint_as_float(two & 0xFFFF0000u);
+    }
     __device__ void take(const Accumulator<K / 8>& acc, bf16*) {
 #pragma unroll
         for (int k = 0; k < K / 16; ++k) {
@@ -2408,6 +2412,24 @@ __device__ inline void rotate_fetched(int thread, const SsdAngles<N>& angles, Ss
         (turn(tiles + spot(at, r, j), tiles + spot(at, r, j + N / 2)), ...);
     }
 }
+// Turns 16 rows of tokens, from `row` on.
+template <int N>
+__device__ inline void rotate_rows(Rows<bf16, N>& x, const SsdAngles<N>& angles, int row) {
+#pragma unroll
+    for (int k = 0; k < N / 32; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const unsigned at = angles.at(row + acc_row() + i % 2 * 8, 16 * k + i / 2 * 8 + acc_col());
+            uint32_t &lo = x.r[k][i], &hi = x.r[k + N / 32][i];
+            float c[2], s[2], a[2], b[2];
+            load<2>(c, angles.cos + at);
+            load<2>(s, angles.sin + at);
+            x.unpack(a, lo);
+            x.unpack(b, hi);
+            lo = x.pack(a[0] * c[0] - b[0] * s[0], a[1] * c[1] - b[1] * s[1]);
+            hi = x.pack(b[0] * c[0] + a[0] * s[0], b[1] * c[1] + a[1] * s[1]);
+        }
+}
 // Turns the rows of an accumulator: v[j], v[j + N/2] by angle j. f(h, j, c, s) gives the cosines and sines of j and
 // j + 1 for the row lane/4 + 8 h.
 template <int NT, class F>
@@ -2458,40 +2480,17 @@ __device__ inline void load_rows(Rows<bf16, K>& a, Tile<bf16, kChunk, K, team> a
     for (int k = 0; k < K / 16; ++k)
         load_matrices<false>(a.r[k], tile + spot(at, row + lane_id() % 16, 16 * k + lane_id() / 16 * 8));
 }
-// acc += a b, the tile as it is. What was done to acc and a before is done before wgmma begins: the compiler does not see
-// that its order matters.
-template <int kCols, int K, int NT, int team>
-__device__ inline void accumulate(Accumulator<NT> (&acc)[1], Rows<bf16, K> (&a)[1], Tile<bf16, kChunk, kCols, team> at,
-                                  const bf16* b) {
+// acc = a b, or += if `add`. What was done to acc and a before is done before wgmma begins: the compiler does not see that
+// its order matters.
+template <Layout lb, int kCols, int K, int NT, int team>
+__device__ inline void settled_product(Accumulator<NT> (&acc)[1], Rows<bf16, K> (&a)[1],
+                                       Tile<bf16, kChunk, kCols, team> at, const bf16* b, bool add) {
     changes_here(acc);
 #pragma unroll
     for (int k = 0; k < K / 16; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[0].r[k][i]));
-    product<Layout::plain>(acc, a, at, b, true);
-}
-// acc = rows of tile a times b, as it is or transposed; `row`: the warp's.
-template <Layout lb, int K, int kCols, int NT, int team>
-__device__ inline void product(Accumulator<NT> (&acc)[1], Tile<bf16, kChunk, K, team> ta, const bf16* a, int row,
-                               Tile<bf16, kChunk, kCols, team> tb, const bf16* b) {
-    if constexpr (team == 4) {
-        const uint32_t start_a = ta.start(a), start_b = tb.start(b);
-        wgmma_begin();
-#pragma unroll
-        for (int t = 0; t < NT; t += 8)
-#pragma unroll
-            for (int k = 0; k < K / 16; ++k) {
-                const int at = lb == Layout::plain ? t / 8 * tb.panel + 16 * k * tb.ld
-                                                   : k / 4 * tb.panel + 8 * t * tb.ld + k % 4 * 16;
-                wgmma<lb>(acc[0].v + t, ta.describe(start_a + (k / 4 * ta.panel + k % 4 * 16) / 8),
-                          tb.describe(start_b + at / 8), k > 0);
-            }
-        wgmma_commit();
-    } else {
-        Rows<bf16, K> rows[1];
-        load_rows(rows[0], ta, a, row);
-        product<lb>(acc, rows, tb, b, false);
-    }
+    product<lb>(acc, a, at, b, add);
 }
 // 16 rows of (f o x)^T: columns of x, each token scaled by its f.
 template <int team>
@@ -2702,7 +2701,7 @@ __global__ void __launch_bounds__(128, 2)
         const float all = v.from_in[kChunk - 1];
         log_decay += v.log2_cs[kChunk - 1];
         state[0].scale_rows(all, all);
-        accumulate(state, x, wide, m.B[stage]);
+        settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
         copies_wait<1>();
         if (more) arrived(after);
         if (more && row == 0) steps.write(m.vectors[turn ^ 1]);
@@ -2753,17 +2752,22 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
         fetch_tile<kThreads>(thread, narrow, m.X[stage], sx + at + p.h * P, n.ld, p.valid(cut));
     };
     const auto arrived = [&](int stage) {
-        if (thread >= 0) rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.C[stage], m.B[stage]);
+        if (thread >= 0) rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.B[stage]);
     };
     ssd_begin<Shared::stages>(cut, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     if (warp >= 8) {
         set_registers<team, 104, false>();
+        SsdSteps steps;  // of the chunk after the next: they take long to come
+        load_next_steps(steps, dt, dA, first, cut);
         ssd_sweep<team, Shared::stages>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
-            SsdSteps steps;
-            if (warp == 8) load_next_steps(steps, dt, dA, at, cut);
+            if (warp == 8 && more) {
+                steps.write(m.vectors[turn ^ 1]);
+                auto next = at;
+                next.next(cut);
+                load_next_steps(steps, dt, dA, next, cut);
+            }
             copies_wait<1>();
             if (more) arrived(after);
-            if (more && warp == 8) steps.write(m.vectors[turn ^ 1]);
         });
         return;
     }
@@ -2773,16 +2777,19 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
             cut, first, [](const auto&, int) {},
             [&](const auto& at, bool, int stage, int turn, int) {
                 const SsdVectors& v = m.vectors[turn];
+                Rows<bf16, N> C[1];
+                load_rows(C[0], wide, m.C[stage], row);
+                rotate_rows(C[0], m.angles, row);
                 Accumulator<8> y[1], g[1];
-                product<Layout::transposed>(g, wide, m.C[stage], row, wide, m.B[stage]);
-                product<Layout::transposed>(y, wide, m.C[stage], row, wide, m.S[turn]);
+                settled_product<Layout::transposed>(g, C, wide, m.B[stage], false);
+                product<Layout::transposed>(y, C, wide, m.S[turn], false);
                 products_wait<team, 1>(g);
                 weigh(g[0], v, row, 0);
                 Rows<bf16, kChunk> G[1];
                 G[0].take(g[0], nullptr);
                 products_wait<team, 0>(y);
                 y[0].scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
-                accumulate(y, G, narrow, m.X[stage]);
+                settled_product<Layout::plain>(y, G, narrow, m.X[stage], true);
                 products_wait<team, 0>(y);
                 write_rows(Y + ((at.row + row) * n.H + at.h) * P, n.H * P, y[0], at.valid(cut) - row);
             });
@@ -2800,7 +2807,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
             load_scaled_transposed(x[0], narrow, m.X[stage], row, v.into);
             const float all = v.from_in[kChunk - 1];
             state[0].scale_rows(all, all);
-            accumulate(state, x, wide, m.B[stage]);
+            settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
             if (chunk_states) {
                 bf16* to = chunk_states + (int64(at.pair) * cut.chunks + at.chunk) * P * N;
 #pragma unroll
