@@ -1884,6 +1884,14 @@ __device__ inline float chunk_decay(const SsdVectors& v, int t, int s) {
     return s <= t ? exp2_fast(v.log2_cs[t] - v.log2_cs[s]) : 0.0f;
 }
 
+// Calls f(row, column, value, the next column's value) for each pair of neighbours that this thread has.
+template <int NT, class F>
+__device__ inline void each_pair(Accumulator<NT>& acc, F f) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int t = 0; t < NT; ++t) f(acc_row() + 8 * h, 8 * t + acc_col(), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
+}
 // A warp's units of the state, in the accumulators of its threads, and the state in memory: as an operand in shared
 // memory (tile), and as a matrix (real_P, real_N).
 template <class A, int SU>
@@ -1906,13 +1914,10 @@ struct SsdState {
         for (int i = 0; i < SU; ++i) {
             const int u = int(threadIdx.x) / 32 + kSsdWarps * i;
             if (u < units)
-#pragma unroll
-                for (int t = 0; t < 4; ++t)
-#pragma unroll
-                    for (int j = 0; j < 4; j += 2) {
-                        const int p = u % strips * 16 + acc_row() + 4 * j, k = u / strips * 32 + 8 * t + acc_col();
-                        f(p < real_P && k < real_N, p * real_N + k, p * ld + k, unit[i].v[t][j], unit[i].v[t][j + 1]);
-                    }
+                each_pair(unit[i], [&](int r, int c, float& s0, float& s1) {
+                    const int p = u % strips * 16 + r, k = u / strips * 32 + c;
+                    f(p < real_P && k < real_N, p * real_N + k, p * ld + k, s0, s1);
+                });
         }
     }
     __device__ void begin(const float* from) {  // null: zero
@@ -1944,14 +1949,10 @@ struct SsdState {
 
 // Writes an output unit of 16 rows and 32 columns to a matrix with rows `ld` apart.
 template <class A>
-__device__ inline void write_unit(A* to, int64 ld, const Accumulator<4>& acc, int row, int col, int valid, int width) {
-#pragma unroll
-    for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            const int r = row + acc_row() + 4 * j, c = col + 8 * t + acc_col();
-            if (r < valid && c < width) store2(to + r * ld + c, acc.v[t][j], acc.v[t][j + 1]);
-        }
+__device__ inline void write_unit(A* to, int64 ld, Accumulator<4>& acc, int row, int col, int valid, int width) {
+    each_pair(acc, [&](int r, int c, float a, float b) {
+        if (row + r < valid && col + c < width) store2(to + (row + r) * ld + col + c, a, b);
+    });
 }
 // x_t *= f_t, columns of P numbers. All threads.
 template <class A>
@@ -2015,14 +2016,11 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             Accumulator<4> g;
             g.zero();
             multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
-                    store2(G + r * ldq + s, chunk_decay(v, r, s) * g.v[t][j] * v.step[s],
-                           chunk_decay(v, r, s + 1) * g.v[t][j + 1] * v.step[s + 1]);
-                }
+            each_pair(g, [&](int r, int c, float g0, float g1) {
+                const int t = row + r, s = col + c;
+                store2(G + t * ldq + s, chunk_decay(v, t, s) * g0 * v.step[s],
+                       chunk_decay(v, t, s + 1) * g1 * v.step[s + 1]);
+            });
         }
         __syncthreads();  // G is complete
         for (int u = warp; u < q / 16 * (P / 32); u += kSsdWarps) {
@@ -2039,6 +2037,32 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         __syncthreads();  // all tiles and vectors have been read
     }
     if (S_T) state.write(S_T + bh * PN);
+}
+
+// Sums of rows lane/4 and lane/4 + 8 of a warp's 16, from the 4 threads that share them.
+__device__ inline void put_sums(float* to, const float (&s)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float sum = quad_sum(s[h]);
+        if (lane_id() % 4 == 0) to[acc_row() + 8 * h] = sum;
+    }
+}
+// One warp: put(u, ddA_u) for the q tokens of a chunk, ddA_u = <S_out, dS> + sum_{t>=u} dcs(t). parts: eight, of the
+// first term.
+template <class F, class G>
+__device__ inline void log_decay_gradient(int q, const float* parts, F dcs, G put) {
+    float later = 0;
+    for (int w = 0; w < kSsdWarps; ++w) later += parts[w];
+    for (int first = q - 32; first >= 0; first -= 32) {
+        float sum = dcs(first + lane_id());
+        for (int d = 1; d < 32; d *= 2) {
+            const float right = __shfl_down_sync(~0u, sum, d);
+            if (lane_id() + d < 32) sum += right;
+        }
+        sum += later;
+        later = __shfl_sync(~0u, sum, 0);
+        put(first + lane_id(), sum);
+    }
 }
 
 // The chunks in reverse; dS, in registers, is the gradient of S_out, then of S_in:
@@ -2079,20 +2103,14 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
     const int64 bh = blockIdx.x, b = bh / n.H, h = bh % n.H, PN = int64(real_P) * real_N, chunks = (n.T + q - 1) / q;
     SsdState<A, SU> state(dS, tiles, n);
     // Row sums of an output unit times the tile it belongs to, over the unit's 32 columns, into part[row].
-    const auto row_dots = [&](float* part, const Accumulator<4>& acc, const A* tile, int ld, int row, int col) {
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            const int r = row + acc_row() + 4 * j;
-            float s = 0;
-#pragma unroll
-            for (int t = 0; t < 4; ++t) {
-                float f[2];
-                load<2>(f, tile + r * ld + col + 8 * t + acc_col());
-                s += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
-            }
-            s = quad_sum(s);
-            if (lane_id() % 4 == 0) part[r] = s;
-        }
+    const auto row_dots = [&](float* part, Accumulator<4>& acc, const A* tile, int ld, int row, int col) {
+        float s[2] = {0, 0};
+        each_pair(acc, [&](int r, int c, float a, float b) {
+            float f[2];
+            load<2>(f, tile + (row + r) * ld + col + c);
+            s[r / 8] += a * f[0] + b * f[1];
+        });
+        put_sums(part + row, s);
     };
     state.begin(dS_T ? dS_T + bh * PN : nullptr);
     for (int64 chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -2132,15 +2150,15 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
                 multiply<Layout::plain, Layout::transposed>(g, C + row * ldn, ldn, Bt + col * ldn, ldn, N);
                 multiply<Layout::plain, Layout::transposed>(e, dy + row * ldp, ldp, X + col * ldp, ldp, P);
             }
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    const int r = row + acc_row() + 4 * j, s = col + 8 * t + acc_col();
-                    const float m0 = chunk_decay(v, r, s), m1 = chunk_decay(v, r, s + 1);
-                    store2(MG + r * ldq + s, m0 * g.v[t][j], m1 * g.v[t][j + 1]);
-                    store2(ME + r * ldq + s, m0 * e.v[t][j] * v.step[s], m1 * e.v[t][j + 1] * v.step[s + 1]);
-                }
+            each_pair(g, [&](int r, int c, float g0, float g1) {
+                const int t = row + r, s = col + c;
+                store2(MG + t * ldq + s, chunk_decay(v, t, s) * g0, chunk_decay(v, t, s + 1) * g1);
+            });
+            each_pair(e, [&](int r, int c, float e0, float e1) {
+                const int t = row + r, s = col + c;
+                store2(ME + t * ldq + s, chunk_decay(v, t, s) * e0 * v.step[s],
+                       chunk_decay(v, t, s + 1) * e1 * v.step[s + 1]);
+            });
         }
         __syncthreads();  // MG and ME are complete
         // The rows of an output strip meet rows t >= row of MG and ME (transposed products) or columns s <= row +
@@ -2151,14 +2169,11 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             acc.zero();  // dB
             multiply<Layout::plain, Layout::plain>(acc, X + row * ldp, ldp, dS + col, ldn, P);
             acc.scale_rows(v.into[r0], v.into[r1]);
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    float f[2];
-                    load<2>(f, Bt + (r0 + 4 * j) * ldn + col + 8 * t + acc_col());
-                    new_dot += acc.v[t][j] * f[0] + acc.v[t][j + 1] * f[1];
-                }
+            each_pair(acc, [&](int r, int c, float a, float b) {
+                float f[2];
+                load<2>(f, Bt + (row + r) * ldn + col + c);
+                new_dot += a * f[0] + b * f[1];
+            });
             multiply<Layout::transposed, Layout::plain>(acc, ME + row * ldq + row, ldq, C + row * ldn + col, ldn,
                                                         q - row);
             row_dots(B_dB + col / 32 * q, acc, Bt, ldn, row, col);
@@ -2185,26 +2200,22 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         const float part = warp_sum(v.from_in[q - 1] * from_in_dot + new_dot);
         if (lane_id() == 0) S_dot_dS[warp] = part;
         __syncthreads();  // dS, S and dy have been read, the dot products are complete
-        if (warp == 0) {
-            float later = 0;  // <S_out, dS>, then also the dcs of the tokens after this lane's
-            for (int w = 0; w < kSsdWarps; ++w) later += S_dot_dS[w];
-            for (int first = q - 32; first >= 0; first -= 32) {
-                const int t = first + lane_id();
-                float sum = 0, xdx = 0;
-                for (int i = 0; i < N / 32; ++i) sum += C_dC[i * q + t] - B_dB[i * q + t];
-                for (int i = 0; i < P / 32; ++i) xdx += X_dXd[i * q + t];
-                for (int d = 1; d < 32; d *= 2) {
-                    const float right = __shfl_down_sync(~0u, sum, d);
-                    if (lane_id() + d < 32) sum += right;
-                }
-                sum += later;
-                later = __shfl_sync(~0u, sum, 0);
-                if (t < valid) {
-                    ddt[(row0 + t) * n.H + h] = xdx;
-                    ddA[(row0 + t) * n.H + h] = sum;
-                }
-            }
-        }
+        if (warp == 0)
+            log_decay_gradient(
+                q, S_dot_dS,
+                [&](int t) {
+                    float dcs = 0;
+                    for (int i = 0; i < N / 32; ++i) dcs += C_dC[i * q + t] - B_dB[i * q + t];
+                    return dcs;
+                },
+                [&](int t, float sum) {
+                    float xdx = 0;
+                    for (int i = 0; i < P / 32; ++i) xdx += X_dXd[i * q + t];
+                    if (t < valid) {
+                        ddt[(row0 + t) * n.H + h] = xdx;
+                        ddA[(row0 + t) * n.H + h] = sum;
+                    }
+                });
         scale_tokens(dy, ldp, v.from_in, q, P);  // from_in dY, in place
         __syncthreads();                         // it is complete
         state.update(v.from_in[q - 1], dy, ldp, C, q);
@@ -2511,23 +2522,15 @@ __device__ inline void load_scaled_transposed(Rows<bf16, kChunk>& a, SsdNarrow<t
 }
 // Writes 16 rows of an accumulator, rows `ld` apart, those before `valid`.
 template <int NT>
-__device__ inline void write_rows(bf16* to, int64 ld, const Accumulator<NT>& acc, int valid) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int r = acc_row() + 8 * h;
-        if (r < valid)
-#pragma unroll
-            for (int t = 0; t < NT; ++t) store2(to + r * ld + 8 * t + acc_col(), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
-    }
+__device__ inline void write_rows(bf16* to, int64 ld, Accumulator<NT>& acc, int valid) {
+    each_pair(acc, [&](int r, int c, float a, float b) {
+        if (r < valid) store2(to + r * ld + c, a, b);
+    });
 }
 // The same into a tile.
 template <int N, int team>
-__device__ inline void write_rows(SsdWide<N, team> at, bf16* tile, int row, const Accumulator<N / 8>& acc) {
-#pragma unroll
-    for (int t = 0; t < N / 8; ++t)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            store2(tile + spot(at, row + acc_row() + 8 * h, 8 * t + acc_col()), acc.v[t][2 * h], acc.v[t][2 * h + 1]);
+__device__ inline void write_rows(SsdWide<N, team> at, bf16* tile, int row, Accumulator<N / 8>& acc) {
+    each_pair(acc, [&](int r, int c, float a, float b) { store2(tile + spot(at, row + r, c), a, b); });
 }
 // One warp's 16 rows of a state, as it enters and leaves: fp32, in position 0's frame. What has left is of no more use.
 template <int N>
@@ -2541,11 +2544,7 @@ __device__ inline void rotate_to(Accumulator<N / 8>& state, float sign, const Ss
 template <int N>
 __device__ inline void write_state(float* to, Accumulator<N / 8>& state, int row, const SsdRope& rope, int64 position) {
     rotate_to<N>(state, 1.0f, rope, position);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int t = 0; t < N / 8; ++t)
-            store2(to + (row + acc_row() + 8 * h) * N + 8 * t + acc_col(), state.v[t][2 * h], state.v[t][2 * h + 1]);
+    each_pair(state, [&](int r, int c, float a, float b) { store2(to + (row + r) * N + c, a, b); });
 }
 // All warps of the block, each wherever it is in the program.
 __device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
@@ -2571,19 +2570,13 @@ __device__ inline void await_note(const int* flag) {
 // g (16 rows t from `row` on, columns s from `col` on) times decay(t,s) dt_s
 template <int NT>
 __device__ inline void weigh(Accumulator<NT>& g, const SsdVectors& v, int row, int col) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int t = row + acc_row() + 8 * h;
-        const float cs = v.log2_cs[t];
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            const int s = col + 8 * n + acc_col();
-            float from[2];
-            load<2>(from, v.log2_from + s);
-            g.v[n][2 * h] = s <= t ? exp2_fast(cs + from[0]) * g.v[n][2 * h] : 0.0f;
-            g.v[n][2 * h + 1] = s < t ? exp2_fast(cs + from[1]) * g.v[n][2 * h + 1] : 0.0f;
-        }
-    }
+    each_pair(g, [&](int r, int c, float& a, float& b) {
+        const int t = row + r, s = col + c;
+        float from[2];
+        load<2>(from, v.log2_from + s);
+        a = s <= t ? exp2_fast(v.log2_cs[t] + from[0]) * a : 0.0f;
+        b = s < t ? exp2_fast(v.log2_cs[t] + from[1]) * b : 0.0f;
+    });
 }
 // A warp's rows of the state at the beginning and the end of a pair's part of a range.
 template <int N, bool kReverse>
@@ -2596,14 +2589,10 @@ __device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>
     }
     state.zero();
     if (!from) return;
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int t = 0; t < N / 8; ++t) {
-            const float* f = from + (row + acc_row() + 8 * h) * N + 8 * t + acc_col();
-            state.v[t][2 * h] = __ldcg(f);
-            state.v[t][2 * h + 1] = __ldcg(f + 1);
-        }
+    each_pair(state, [&](int r, int c, float& a, float& b) {
+        a = __ldcg(from + (row + r) * N + c);
+        b = __ldcg(from + (row + r) * N + c + 1);
+    });
     rotate_to<N>(state, -1.0f, rope, rope.before.get() + at.time());
 }
 template <int N, bool kReverse>
@@ -2864,35 +2853,19 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         load<2>(c, m.angles.cos + m.angles.at(row + acc_row() + 8 * h, j));
         load<2>(s, m.angles.sin + m.angles.at(row + acc_row() + 8 * h, j));
     };
-    // One warp, when the dot products of a chunk are complete: ddA_u = <S_out, dS> + sum_{t>=u} (C.dC - B.dB)_t
+    // One warp, when the dot products of a chunk are complete.
     const auto finish = [&](const auto& p, const SsdDots& d) {
-        float later = 0;
-        for (int w = 0; w < kSsdWarps; ++w) later += d.S_dS[w];
-        for (int begin = kChunk - 32; begin >= 0; begin -= 32) {
-            const int t = begin + lane_id();
-            float sum = d.C_dC[t] - d.B_dB[t];
-            for (int k = 1; k < 32; k *= 2) {
-                const float right = __shfl_down_sync(~0u, sum, k);
-                if (lane_id() + k < 32) sum += right;
-            }
-            sum += later;
-            later = __shfl_sync(~0u, sum, 0);
+        const auto put = [&](int t, float sum) {
             if (t < p.valid(cut)) {
                 ddt[(p.row + t) * n.H + p.h] = d.X_dXd[t];
                 ddA[(p.row + t) * n.H + p.h] = sum;
             }
-        }
+        };
+        log_decay_gradient(
+            kChunk, d.S_dS, [&](int t) { return d.C_dC[t] - d.B_dB[t]; }, put);
     };
     ssd_begin<2>(cut, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     const int r0 = row + acc_row(), r1 = r0 + 8;
-    const auto put = [&](float* to, float(&s)[2]) {  // row sums, from the 4 threads that share the row
-        s[0] = quad_sum(s[0]);
-        s[1] = quad_sum(s[1]);
-        if (lane_id() % 4 == 0) {
-            to[r0] = s[0];
-            to[r1] = s[1];
-        }
-    };
     if (warp < 4) {
         SsdPlace<true> before = first;  // the chunk before this one
         int last = -1;                  // and its turn
@@ -2943,7 +2916,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
                 for (int u = 0; u < 2; ++u)
                     if (32 * u + 31 >= row) multiply<Layout::plain>(dx, MG[u], m.dY[turn] + 32 * u * ldp, ldp);
                 row_dots(sums, dx, x);
-                put(dots.X_dXd, sums);
+                put_sums(dots.X_dXd + row, sums);
                 dx.scale_rows(v.step[r0], v.step[r1]);
                 write_rows(dsx + (at.row + row) * n.ld + at.h * P, n.ld, dx, rows);
             }
@@ -2958,7 +2931,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             for (int u = 0; u < 2; ++u)
                 if (32 * u + 31 >= row) multiply<Layout::plain>(db, ME[u], m.C[turn] + 32 * u * ldn, ldn);
             row_dots(sums, db, b);
-            put(dots.B_dB, sums);
+            put_sums(dots.B_dB + row, sums);
             rotate_rows(db, -1.0f, token_angles);
             write_rows(dsb + (at.row + row) * n.ld + at.h * N, n.ld, db, rows);
             if (more && warp == 3) steps.write(m.vectors[turn ^ 1]);
@@ -3001,7 +2974,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         c.load(m.C[turn] + row * ldn, ldn);
         float sums[2];
         row_dots(sums, dc, c);
-        put(dots.C_dC, sums);
+        put_sums(dots.C_dC + row, sums);
         rotate_rows(dc, -1.0f, token_angles);
         write_rows(dsc + (at.row + row) * n.ld + at.h * N, n.ld, dc, rows);
         Rows<bf16, N> s;
