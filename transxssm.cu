@@ -1784,6 +1784,15 @@ struct SsdRope {
 };
 static constexpr int64 kSsdRopeRows = 65;
 
+// What forward and backward read; rows of sc, sb and sx are n.ld apart.
+template <class A>
+struct SsdInput {
+    const A *sc, *sb, *sx;
+    const float *dt, *dA;
+    SsdRope rope;
+    SsdShape n;
+};
+
 static constexpr int kSsdWarps = 8, kSsdThreads = 256, kChunk = 64;  // kChunk: the longest
 
 struct SsdTiles {
@@ -1844,13 +1853,13 @@ __device__ inline void rotate_tile(A* tile, int ld, const SsdRope& rope, int64 p
 // One warp: dt and dA of a chunk, then the vectors. The loads are begun early and used late.
 struct SsdSteps {
     float dt[2], dA[2];
-    // at: of the first token's in all_dt and all_dA, H apart from token to token
-    __device__ void load(const float* all_dt, const float* all_dA, int64 at, int64 H, int valid) {
+    template <class A>
+    __device__ void load(const SsdInput<A>& in, int64 row, int64 h, int valid) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const int t = lane_id() + 32 * k;
-            dt[k] = t < valid ? all_dt[at + t * H] : 0.0f;
-            dA[k] = t < valid ? all_dA[at + t * H] : 0.0f;
+            const int64 t = lane_id() + 32 * k, at = (row + t) * in.n.H + h;
+            dt[k] = t < valid ? in.dt[at] : 0.0f;
+            dA[k] = t < valid ? in.dA[at] : 0.0f;
         }
     }
     __device__ void write(SsdVectors& v) const {
@@ -1971,8 +1980,8 @@ __device__ inline void scale_tokens(A* x, int ld, const float* f, int q, int P) 
 //     S   = exp(cs_last) S + (to_end dt X)^T B   (P,N)
 template <class A, int SU>
 __global__ void __launch_bounds__(kSsdThreads, 1)
-    ssd_forward_kernel(A* Y, float* S_T, A* chunk_states, const A* sc, const A* sb, const A* sx, const float* dt,
-                       const float* dA, const float* S_0, SsdRope rope, SsdShape n, SsdTiles tiles) {
+    ssd_forward_kernel(A* Y, float* S_T, A* chunk_states, const float* S_0, SsdInput<A> in, SsdTiles tiles) {
+    const SsdShape& n = in.n;
     const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
     const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
@@ -1992,21 +2001,21 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
     for (int64 chunk = 0; chunk < chunks; ++chunk) {
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
-        load_tile(C, ldn, sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
-        load_tile(Bt, ldn, sb + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
-        load_tile(X, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
-        load_tile(Xs, ldp, sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
+        load_tile(C, ldn, in.sc + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        load_tile(Bt, ldn, in.sb + row0 * n.ld + h * real_N, n.ld, valid, q, real_N, N);
+        load_tile(X, ldp, in.sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
+        load_tile(Xs, ldp, in.sx + row0 * n.ld + h * real_P, n.ld, valid, q, real_P, P);
         if (warp == 0) {
             SsdSteps steps;
-            steps.load(dt, dA, row0 * n.H + h, n.H, valid);
+            steps.load(in, row0, h, valid);
             steps.write(v);
         }
         if (chunk_states) state.write(chunk_states + (bh * chunks + chunk) * PN);
         copies_done();
         __syncthreads();  // tiles, vectors and the state operand are complete
-        if (rope.cos) {
-            rotate_tile(C, ldn, rope, rope.before.get() + t0, valid, real_N);
-            rotate_tile(Bt, ldn, rope, rope.before.get() + t0, valid, real_N);
+        if (in.rope.cos) {
+            rotate_tile(C, ldn, in.rope, in.rope.before.get() + t0, valid, real_N);
+            rotate_tile(Bt, ldn, in.rope, in.rope.before.get() + t0, valid, real_N);
         }
         scale_tokens(Xs, ldp, v.into, q, P);
         __syncthreads();  // C and B are turned, Xs is complete
@@ -2079,8 +2088,8 @@ __device__ inline void log_decay_gradient(int q, const float* parts, F dcs, G pu
 template <class A, int SU>
 __global__ void __launch_bounds__(kSsdThreads, 1)
     ssd_backward_kernel(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, const A* dY, const float* dS_T,
-                        const A* sc, const A* sb, const A* sx, const float* dt, const float* dA, const A* chunk_states,
-                        SsdRope rope, SsdShape n, SsdTiles tiles) {
+                        const A* chunk_states, SsdInput<A> in, SsdTiles tiles) {
+    const SsdShape& n = in.n;
     const int q = tiles.q, N = tiles.N, P = tiles.P;  // of the tiles
     const int real_N = int(n.N), real_P = int(n.P);   // of the matrices
     const int ldn = N + kTilePad<A>, ldp = P + kTilePad<A>, ldq = q + kTilePad<A>;
@@ -2117,13 +2126,13 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         const int64 t0 = chunk * q, row0 = b * n.T + t0;
         const int valid = int(min(int64(q), n.T - t0));
         const int64 c0 = row0 * n.ld + h * real_N, x0 = row0 * n.ld + h * real_P;
-        load_tile(C, ldn, sc + c0, n.ld, valid, q, real_N, N);
-        load_tile(Bt, ldn, sb + c0, n.ld, valid, q, real_N, N);
-        load_tile(X, ldp, sx + x0, n.ld, valid, q, real_P, P);
+        load_tile(C, ldn, in.sc + c0, n.ld, valid, q, real_N, N);
+        load_tile(Bt, ldn, in.sb + c0, n.ld, valid, q, real_N, N);
+        load_tile(X, ldp, in.sx + x0, n.ld, valid, q, real_P, P);
         load_tile(dy, ldp, dY + (row0 * n.H + h) * real_P, n.H * real_P, valid, q, real_P, P);
         if (warp == 0) {
             SsdSteps steps;
-            steps.load(dt, dA, row0 * n.H + h, n.H, valid);
+            steps.load(in, row0, h, valid);
             steps.write(v);
         }
         float from_in_dot = 0, new_dot = 0;  // this thread's parts of <S_in, dS> and of the sum over B_s . dB_s
@@ -2135,10 +2144,10 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         });
         copies_done();
         __syncthreads();  // tiles, vectors, S and dS are complete
-        if (rope.cos) {
-            const int64 position = rope.before.get() + t0;
-            rotate_tile(C, ldn, rope, position, valid, real_N);
-            rotate_tile(Bt, ldn, rope, position, valid, real_N);
+        if (in.rope.cos) {
+            const int64 position = in.rope.before.get() + t0;
+            rotate_tile(C, ldn, in.rope, position, valid, real_N);
+            rotate_tile(Bt, ldn, in.rope, position, valid, real_N);
             __syncthreads();  // C and B are turned
         }
         for (int u = warp; u < q / 16 * (q / 32); u += kSsdWarps) {
@@ -2534,7 +2543,8 @@ __device__ inline void write_rows(SsdWide<N, team> at, bf16* tile, int row, Accu
 }
 // One warp's 16 rows of a state, as it enters and leaves: fp32, in position 0's frame. What has left is of no more use.
 template <int N>
-__device__ inline void rotate_to(Accumulator<N / 8>& state, float sign, const SsdRope& rope, int64 position) {
+__device__ inline void rotate_to(Accumulator<N / 8>& state, float sign, const SsdRope& rope, int time) {
+    const int64 position = rope.before.get() + time;
     if (rope.cos)
         rotate_rows(state, sign, [&](int, int j, float(&c)[2], float(&s)[2]) {
             load<2>(c, rope.cos + position * (N / 2) + j);
@@ -2542,8 +2552,8 @@ __device__ inline void rotate_to(Accumulator<N / 8>& state, float sign, const Ss
         });
 }
 template <int N>
-__device__ inline void write_state(float* to, Accumulator<N / 8>& state, int row, const SsdRope& rope, int64 position) {
-    rotate_to<N>(state, 1.0f, rope, position);
+__device__ inline void write_state(float* to, Accumulator<N / 8>& state, int row, const SsdRope& rope, int time) {
+    rotate_to<N>(state, 1.0f, rope, time);
     each_pair(state, [&](int r, int c, float a, float b) { store2(to + (row + r) * N + c, a, b); });
 }
 // All warps of the block, each wherever it is in the program.
@@ -2578,14 +2588,20 @@ __device__ inline void weigh(Accumulator<NT>& g, const SsdVectors& v, int row, i
         b = s < t ? exp2_fast(v.log2_cs[t] + from[1]) * b : 0.0f;
     });
 }
+// Where states come from and go to: those of the pairs (S_0 and S_T, or dS_T and dS_0; may be null), and at borders.
+struct SsdEnds {
+    const float* first;
+    float *last, *borders;
+    int* flags;  // one per border and warp: it has arrived
+};
 // A warp's rows of the state at the beginning and the end of a pair's part of a range.
 template <int N, bool kReverse>
 __device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdCut& cut,
-                             const float* first, const float* borders, const int* flags, int row, const SsdRope& rope) {
-    const float* from = first ? first + int64(at.pair) * kFastP * N : nullptr;
+                             const SsdEnds& ends, int row, const SsdRope& rope) {
+    const float* from = ends.first ? ends.first + int64(at.pair) * kFastP * N : nullptr;
     if (at.step > 0) {
-        if (cut.chained) await_note(flags + 4 * int(blockIdx.x) + row / 16);
-        from = borders + int64(blockIdx.x) * kFastP * N;
+        if (cut.chained) await_note(ends.flags + 4 * int(blockIdx.x) + row / 16);
+        from = ends.borders + int64(blockIdx.x) * kFastP * N;
     }
     state.zero();
     if (!from) return;
@@ -2593,75 +2609,84 @@ __device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>
         a = __ldcg(from + (row + r) * N + c);
         b = __ldcg(from + (row + r) * N + c + 1);
     });
-    rotate_to<N>(state, -1.0f, rope, rope.before.get() + at.time());
+    rotate_to<N>(state, -1.0f, rope, at.time());
 }
 template <int N, bool kReverse>
-__device__ inline void leave(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdCut& cut, float* last,
-                             float* borders, int* flags, int row, const SsdRope& rope) {
-    const int64 position = rope.before.get() + at.time();
+__device__ inline void leave(Accumulator<N / 8>& state, const SsdPlace<kReverse>& at, const SsdCut& cut,
+                             const SsdEnds& ends, int row, const SsdRope& rope) {
     if (at.end == cut.chunks) {
-        if (last) write_state<N>(last + int64(at.pair) * kFastP * N, state, row, rope, position);
+        if (ends.last) write_state<N>(ends.last + int64(at.pair) * kFastP * N, state, row, rope, at.time());
     } else if (cut.chained) {
         const int next = int(blockIdx.x) + cut.abreast;
-        write_state<N>(borders + int64(next) * kFastP * N, state, row, rope, position);
-        leave_note(flags + 4 * next + row / 16);
+        write_state<N>(ends.borders + int64(next) * kFastP * N, state, row, rope, at.time());
+        leave_note(ends.flags + 4 * next + row / 16);
     }
 }
-// A block's way through its range; warps of all roles go it in step. Tiles arrive stages - 1 chunks ahead:
-// fetch(place, stage) begins that; work(place, whether more follow, stage, turn, stage of the next) waits for what it has
-// fetched of the next chunk.
-template <int team, int stages, class Place, class Fetch, class Work>
-__device__ inline void ssd_sweep(const SsdCut& cut, Place at, Fetch fetch, Work work) {
+// The state at the end of a chunk becomes that of the next one's beginning: the pair's next, or another pair's.
+template <int N, bool kReverse>
+__device__ inline void hand_over(Accumulator<N / 8>& state, SsdPlace<kReverse> at, const SsdCut& cut,
+                                 const SsdEnds& ends, int row, const SsdRope& rope, const SsdAngles<N>& angles) {
+    if (at.at_end()) {
+        leave<N>(state, at, cut, ends, row, rope);
+        if (at.next(cut)) enter<N>(state, at, cut, ends, row, rope);
+    } else {
+        rotate_frame<N>(state, kReverse ? 1.0f : -1.0f, angles);
+    }
+}
+// A block's way through its range; warps of all roles go it in step, each with its own functions. fetch(place, stage)
+// begins to bring tiles, stages - 1 chunks ahead, and arrived(stage) turns them when they are there; work(place, whether
+// more follow, stage, turn) is for the chunk itself. One warp (keeps_time) makes the vectors, a chunk ahead.
+template <int team, class Shared, class Place, class Fetch, class Arrived, class Work>
+__device__ inline void ssd_sweep(Shared& m, const SsdInput<bf16>& in, const SsdCut& cut, Place at, bool keeps_time,
+                                 Fetch fetch, Arrived arrived, Work work) {
+    constexpr int stages = Shared::stages;
+    SsdSteps steps;
+    Place next = at;
+    bool more = next.next(cut);
+    fetch(at, 0);
+    copies_commit();
+    if (stages == 3) {
+        if (more) fetch(next, 1);
+        copies_commit();
+    }
+    m.angles.fill(in.rope);
+    if (keeps_time) {
+        steps.load(in, at.row, at.h, at.valid(cut));
+        steps.write(m.vectors[0]);
+        if (more) steps.load(in, next.row, next.h, next.valid(cut));
+    }
+    block_barrier();  // the angles are there
+    copies_wait<stages - 2>();
+    arrived(0);
     for (int stage = 0, turn = 0;; turn ^= 1) {
         const int after = stage + 1 == stages ? 0 : stage + 1;
         if (team == 4) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));  // for wgmma to see it, too:
         block_barrier();  // this chunk's tiles, vectors and state are complete, all that is older has been read
-        Place ahead = at;
-        const bool more = ahead.next(cut);
-        if (more && (stages == 2 || ahead.next(cut))) fetch(ahead, stages == 2 ? after : 3 - stage - after);
+        Place ahead = next;
+        const bool further = more && ahead.next(cut);
+        if (stages == 2 ? more : further) fetch(stages == 2 ? next : ahead, stages == 2 ? after : 3 - stage - after);
         copies_commit();
-        work(at, more, stage, turn, after);
-        if (!at.next(cut)) return;
+        if (keeps_time && more) {
+            steps.write(m.vectors[turn ^ 1]);
+            if (further) steps.load(in, ahead.row, ahead.h, ahead.valid(cut));  // it takes long to come
+        }
+        work(at, more, stage, turn);
+        if (!more) return;
+        copies_wait<stages - 2>();
+        arrived(after);
+        at = next;
+        next = ahead;
+        more = further;
         stage = after;
     }
-}
-template <class Place>
-__device__ inline void load_steps(SsdSteps& steps, const float* dt, const float* dA, const Place& p, const SsdCut& n) {
-    steps.load(dt, dA, p.row * n.H + p.h, n.H, p.valid(n));
-}
-template <class Place>
-__device__ inline void load_next_steps(SsdSteps& steps, const float* dt, const float* dA, Place p, const SsdCut& n) {
-    if (p.next(n)) load_steps(steps, dt, dA, p, n);
-}
-// Before the sweep: the first tiles and vectors.
-template <int stages, int N, class Place, class Fetch, class Arrived>
-__device__ inline void ssd_begin(const SsdCut& cut, const Place& at, SsdAngles<N>& angles, const SsdRope& rope,
-                                 SsdVectors& vectors, const float* dt, const float* dA, Fetch fetch, Arrived arrived) {
-    fetch(at, 0);
-    copies_commit();
-    if (stages == 3) {
-        Place next = at;
-        if (next.next(cut)) fetch(next, 1);
-        copies_commit();
-    }
-    angles.fill(rope);
-    if (threadIdx.x < 32) {
-        SsdSteps steps;
-        load_steps(steps, dt, dA, at, cut);
-        steps.write(vectors);
-    }
-    __syncthreads();  // the angles are there
-    copies_wait<stages - 2>();
-    arrived(0);
 }
 
 // What the chunks of a pair in one range add to the state, where the range ends within the pair: states (ranges,P,N) in
 // position 0's frame, and the logarithm of what remains of the state before. forward: fn = B, fp = X; reverse: C and dY.
 // One block of 4 warps per range, a few ranges per block of the sweep. Bound by memory: 24 KB per chunk.
 template <int N, int team, bool kReverse>
-__global__ void __launch_bounds__(128, 2)
-    ssd_states_kernel(float* states, float* log_decays, const bf16* fn, const bf16* fp, int64 ld_p, const float* dt,
-                      const float* dA, SsdRope rope, SsdShape n, SsdCut cut) {
+__global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float* log_decays, const bf16* fn,
+                                                            const bf16* fp, int64 ld_p, SsdInput<bf16> in, SsdCut cut) {
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     using Shared = SsdShared<N, team, 3>;
@@ -2673,30 +2698,24 @@ __global__ void __launch_bounds__(128, 2)
     if (at.end == cut.chunks) return;
     at.last = at.group;
     const auto fetch = [&](const auto& p, int stage) {
-        fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * in.n.ld + p.h * N, in.n.ld, p.valid(cut));
         fetch_tile<128>(thread, narrow, m.X[stage], fp + p.row * ld_p + p.h * P, ld_p, p.valid(cut));
     };
     const auto arrived = [&](int stage) { rotate_fetched<128, N, team>(thread, m.angles, wide, m.B[stage]); };
-    ssd_begin<Shared::stages>(cut, at, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     Accumulator<N / 8> state[1];
     state[0].zero();
     float log_decay = 0;
-    ssd_sweep<team, Shared::stages>(cut, at, fetch, [&](const auto& here, bool more, int stage, int turn, int after) {
+    ssd_sweep<team>(m, in, cut, at, row == 0, fetch, arrived, [&](const auto& here, bool more, int stage, int turn) {
         const SsdVectors& v = m.vectors[turn];
-        SsdSteps steps;
-        if (row == 0) load_next_steps(steps, dt, dA, here, cut);
         Rows<bf16, kChunk> x[1];
         load_scaled_transposed(x[0], narrow, m.X[stage], row, kReverse ? v.from_in : v.into);
         const float all = v.from_in[kChunk - 1];
         log_decay += v.log2_cs[kChunk - 1];
         state[0].scale_rows(all, all);
         settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
-        copies_wait<1>();
-        if (more) arrived(after);
-        if (more && row == 0) steps.write(m.vectors[turn ^ 1]);
         products_wait<team, 0>(state);
         if (more) rotate_frame<N>(state[0], kReverse ? 1.0f : -1.0f, m.angles);
-        else write_state<N>(states + int64(blockIdx.x) * P * N, state[0], row, rope, rope.before.get() + here.time());
+        else write_state<N>(states + int64(blockIdx.x) * P * N, state[0], row, in.rope, here.time());
     });
     if (threadIdx.x == 0) log_decays[blockIdx.x] = log_decay * kLn2;
 }
@@ -2720,9 +2739,8 @@ __global__ void pass_states_kernel(float* borders, const float* states, const fl
 
 template <int N, int team>
 __global__ void __launch_bounds__(kForwardThreads, 1)
-    ssd_forward_fast_kernel(bf16* Y, float* S_T, bf16* chunk_states, const bf16* sc, const bf16* sb, const bf16* sx,
-                            const float* dt, const float* dA, const float* S_0, SsdRope rope, float* borders,
-                            int* flags, SsdShape n, SsdCut cut) {
+    ssd_forward_fast_kernel(bf16* Y, bf16* chunk_states, SsdEnds ends, SsdInput<bf16> in, SsdCut cut) {
+    const SsdShape& n = in.n;
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     using Shared = SsdForwardShared<N, team>;
@@ -2733,89 +2751,61 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     constexpr int kThreads = 128;                                                  // that bring the tiles: warps 8-11
     const int thread = int(threadIdx.x) - 256;
     const SsdPlace<false> first(cut);
-    const auto fetch = [&](const auto& p, int stage) {
-        if (thread < 0) return;
-        const int64 at = p.row * n.ld;
-        fetch_tile<kThreads>(thread, wide, m.C[stage], sc + at + p.h * N, n.ld, p.valid(cut));
-        fetch_tile<kThreads>(thread, wide, m.B[stage], sb + at + p.h * N, n.ld, p.valid(cut));
-        fetch_tile<kThreads>(thread, narrow, m.X[stage], sx + at + p.h * P, n.ld, p.valid(cut));
-    };
-    const auto arrived = [&](int stage) {
-        if (thread >= 0) rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.B[stage]);
-    };
-    ssd_begin<Shared::stages>(cut, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
+    const auto none = [](auto&&...) {};
     if (warp >= 8) {
         set_registers<team, 104, false>();
-        SsdSteps steps;  // of the chunk after the next: they take long to come
-        load_next_steps(steps, dt, dA, first, cut);
-        ssd_sweep<team, Shared::stages>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
-            if (warp == 8 && more) {
-                steps.write(m.vectors[turn ^ 1]);
-                auto next = at;
-                next.next(cut);
-                load_next_steps(steps, dt, dA, next, cut);
-            }
-            copies_wait<1>();
-            if (more) arrived(after);
-        });
-        return;
-    }
-    if (warp < 4) {
-        set_registers<team, 200, true>();
-        ssd_sweep<team, Shared::stages>(
-            cut, first, [](const auto&, int) {},
-            [&](const auto& at, bool, int stage, int turn, int) {
-                const SsdVectors& v = m.vectors[turn];
-                Rows<bf16, N> C[1];
-                load_rows(C[0], wide, m.C[stage], row);
-                rotate_rows(C[0], m.angles, row);
-                Accumulator<8> y[1], g[1];
-                settled_product<Layout::transposed>(g, C, wide, m.B[stage], false);
-                product<Layout::transposed>(y, C, wide, m.S[turn], false);
-                products_wait<team, 1>(g);
-                weigh(g[0], v, row, 0);
-                Rows<bf16, kChunk> G[1];
-                G[0].take(g[0], nullptr);
-                products_wait<team, 0>(y);
-                y[0].scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
-                settled_product<Layout::plain>(y, G, narrow, m.X[stage], true);
-                products_wait<team, 0>(y);
-                write_rows(Y + ((at.row + row) * n.H + at.h) * P, n.H * P, y[0], at.valid(cut) - row);
-            });
-        return;
+        const auto fetch = [&](const auto& p, int stage) {
+            const int64 at = p.row * n.ld;
+            fetch_tile<kThreads>(thread, wide, m.C[stage], in.sc + at + p.h * N, n.ld, p.valid(cut));
+            fetch_tile<kThreads>(thread, wide, m.B[stage], in.sb + at + p.h * N, n.ld, p.valid(cut));
+            fetch_tile<kThreads>(thread, narrow, m.X[stage], in.sx + at + p.h * P, n.ld, p.valid(cut));
+        };
+        const auto arrived = [&](int stage) { rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.B[stage]); };
+        return ssd_sweep<team>(m, in, cut, first, warp == 8, fetch, arrived, none);
     }
     set_registers<team, 200, true>();
-    Accumulator<N / 8> state[1];
-    enter<N>(state[0], first, cut, S_0, borders, flags, row, rope);
-    write_rows(wide, m.S[0], row, state[0]);
-    ssd_sweep<team, Shared::stages>(
-        cut, first, [](const auto&, int) {},
-        [&](const auto& at, bool more, int stage, int turn, int) {
+    if (warp < 4)
+        return ssd_sweep<team>(m, in, cut, first, false, none, none, [&](const auto& at, bool, int stage, int turn) {
             const SsdVectors& v = m.vectors[turn];
-            Rows<bf16, kChunk> x[1];
-            load_scaled_transposed(x[0], narrow, m.X[stage], row, v.into);
-            const float all = v.from_in[kChunk - 1];
-            state[0].scale_rows(all, all);
-            settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
-            if (chunk_states) {
-                bf16* to = chunk_states + (int64(at.pair) * cut.chunks + at.chunk) * P * N;
-#pragma unroll
-                for (int i = 0; i < N / 16; ++i) {
-                    const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
-                    *reinterpret_cast<uint4*>(to + r * N + c) =
-                        *reinterpret_cast<const uint4*>(m.S[turn] + spot(wide, r, c));
-                }
-            }
-            products_wait<team, 0>(state);
-            if (at.at_end()) {
-                leave<N>(state[0], at, cut, S_T, borders, flags, row, rope);
-                auto next = at;
-                if (next.next(cut)) enter<N>(state[0], next, cut, S_0, borders, flags, row, rope);
-            } else {
-                rotate_frame<N>(state[0], -1.0f, m.angles);
-            }
-            if (more) write_rows(wide, m.S[turn ^ 1], row, state[0]);
+            Rows<bf16, N> C[1];
+            load_rows(C[0], wide, m.C[stage], row);
+            rotate_rows(C[0], m.angles, row);
+            Accumulator<8> y[1], g[1];
+            settled_product<Layout::transposed>(g, C, wide, m.B[stage], false);
+            product<Layout::transposed>(y, C, wide, m.S[turn], false);
+            products_wait<team, 1>(g);
+            weigh(g[0], v, row, 0);
+            Rows<bf16, kChunk> G[1];
+            G[0].take(g[0], nullptr);
+            products_wait<team, 0>(y);
+            y[0].scale_rows(v.from_in[row + acc_row()], v.from_in[row + acc_row() + 8]);
+            settled_product<Layout::plain>(y, G, narrow, m.X[stage], true);
+            products_wait<team, 0>(y);
+            write_rows(Y + ((at.row + row) * n.H + at.h) * P, n.H * P, y[0], at.valid(cut) - row);
         });
+    Accumulator<N / 8> state[1];
+    enter<N>(state[0], first, cut, ends, row, in.rope);
+    write_rows(wide, m.S[0], row, state[0]);
+    ssd_sweep<team>(m, in, cut, first, false, none, none, [&](const auto& at, bool more, int stage, int turn) {
+        const SsdVectors& v = m.vectors[turn];
+        Rows<bf16, kChunk> x[1];
+        load_scaled_transposed(x[0], narrow, m.X[stage], row, v.into);
+        const float all = v.from_in[kChunk - 1];
+        state[0].scale_rows(all, all);
+        settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
+        if (chunk_states) {
+            bf16* to = chunk_states + (int64(at.pair) * cut.chunks + at.chunk) * P * N;
+#pragma unroll
+            for (int i = 0; i < N / 16; ++i) {
+                const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
+                *reinterpret_cast<uint4*>(to + r * N + c) =
+                    *reinterpret_cast<const uint4*>(m.S[turn] + spot(wide, r, c));
+            }
+        }
+        products_wait<team, 0>(state);
+        hand_over<N>(state[0], at, cut, ends, row, in.rope, m.angles);
+        if (more) write_rows(wide, m.S[turn ^ 1], row, state[0]);
+    });
 }
 
 // The backward in the same arrangement; dS goes from the last chunk to the first.
@@ -2825,10 +2815,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 // E is made twice, once as rows t and once as rows s: cheaper than a transposition through shared memory.
 template <int N>
 __global__ void __launch_bounds__(kSsdThreads, 1)
-    ssd_backward_fast_kernel(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, float* dS_0, const bf16* dY,
-                             const float* dS_T, const bf16* sc, const bf16* sb, const bf16* sx, const float* dt,
-                             const float* dA, const bf16* chunk_states, SsdRope rope, float* borders, int* flags,
-                             SsdShape n, SsdCut cut) {
+    ssd_backward_fast_kernel(bf16* dsc, bf16* dsb, bf16* dsx, float* ddt, float* ddA, const bf16* dY,
+                             const bf16* chunk_states, SsdEnds ends, SsdInput<bf16> in, SsdCut cut) {
+    const SsdShape& n = in.n;
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     SsdBackwardShared<N>& m = *reinterpret_cast<SsdBackwardShared<N>*>(ssd_memory);
@@ -2840,9 +2829,9 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
     const SsdPlace<true> first(cut);
     const auto fetch = [&](const auto& p, int turn) {
         const bf16* S = chunk_states + (int64(p.pair) * cut.chunks + p.chunk) * P * N;
-        fetch_tile<kSsdThreads>(thread, wide, m.C[turn], sc + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
-        fetch_tile<kSsdThreads>(thread, wide, m.B[turn], sb + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
-        fetch_tile<kSsdThreads>(thread, narrow, m.X[turn], sx + p.row * n.ld + p.h * P, n.ld, p.valid(cut));
+        fetch_tile<kSsdThreads>(thread, wide, m.C[turn], in.sc + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<kSsdThreads>(thread, wide, m.B[turn], in.sb + p.row * n.ld + p.h * N, n.ld, p.valid(cut));
+        fetch_tile<kSsdThreads>(thread, narrow, m.X[turn], in.sx + p.row * n.ld + p.h * P, n.ld, p.valid(cut));
         fetch_tile<kSsdThreads>(thread, narrow, m.dY[turn], dY + (p.row * n.H + p.h) * P, n.H * P, p.valid(cut));
         fetch_tile<kSsdThreads>(thread, wide, m.S[turn], S, N, P);
     };
@@ -2864,17 +2853,14 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         log_decay_gradient(
             kChunk, d.S_dS, [&](int t) { return d.C_dC[t] - d.B_dB[t]; }, put);
     };
-    ssd_begin<2>(cut, first, m.angles, rope, m.vectors[0], dt, dA, fetch, arrived);
     const int r0 = row + acc_row(), r1 = r0 + 8;
     if (warp < 4) {
         SsdPlace<true> before = first;  // the chunk before this one
         int last = -1;                  // and its turn
-        ssd_sweep<1, 2>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
+        ssd_sweep<1>(m, in, cut, first, warp == 3, fetch, arrived, [&](const auto& at, bool, int, int turn) {
             const SsdVectors& v = m.vectors[turn];
             SsdDots& dots = m.dots[turn];
             const int rows = at.valid(cut) - row;
-            SsdSteps steps;
-            if (warp == 3) load_next_steps(steps, dt, dA, at, cut);
             if (last >= 0 && warp == 2) finish(before, m.dots[last]);
             Rows<bf16, N> b;
             Rows<bf16, P> x;
@@ -2934,9 +2920,6 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
             put_sums(dots.B_dB + row, sums);
             rotate_rows(db, -1.0f, token_angles);
             write_rows(dsb + (at.row + row) * n.ld + at.h * N, n.ld, db, rows);
-            if (more && warp == 3) steps.write(m.vectors[turn ^ 1]);
-            copies_wait<0>();
-            if (more) arrived(after);
             before = at;
             last = turn;
         });
@@ -2945,9 +2928,9 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         return;
     }
     Accumulator<N / 8> state;  // dS
-    enter<N>(state, first, cut, dS_T, borders, flags, row, rope);
+    enter<N>(state, first, cut, ends, row, in.rope);
     write_rows(wide, m.dS[0], row, state);
-    ssd_sweep<1, 2>(cut, first, fetch, [&](const auto& at, bool more, int, int turn, int after) {
+    ssd_sweep<1>(m, in, cut, first, false, fetch, arrived, [&](const auto& at, bool more, int, int turn) {
         const SsdVectors& v = m.vectors[turn];
         SsdDots& dots = m.dots[turn];
         const int rows = at.valid(cut) - row;
@@ -2987,16 +2970,8 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         const float all = v.from_in[kChunk - 1];
         state.scale_rows(all, all);
         multiply<Layout::plain>(state, scaled, m.C[turn], ldn);
-        if (at.at_end()) {
-            leave<N>(state, at, cut, dS_0, borders, flags, row, rope);
-            auto next = at;
-            if (next.next(cut)) enter<N>(state, next, cut, dS_T, borders, flags, row, rope);
-        } else {
-            rotate_frame<N>(state, 1.0f, m.angles);
-        }
+        hand_over<N>(state, at, cut, ends, row, in.rope, m.angles);
         if (more) write_rows(wide, m.dS[turn ^ 1], row, state);
-        copies_wait<0>();
-        if (more) arrived(after);
     });
     block_barrier();  // as above
 }
@@ -3033,32 +3008,31 @@ static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
 template <class F>
 static void ssd_form(int64 N, F f) {
     using std::integral_constant;
-    if (has_wgmma()) {
-        if (N == 128) f(integral_constant<int, 128>(), integral_constant<int, 4>());
-        else f(integral_constant<int, 64>(), integral_constant<int, 4>());
-    } else {
-        if (N == 128) f(integral_constant<int, 128>(), integral_constant<int, 1>());
-        else f(integral_constant<int, 64>(), integral_constant<int, 1>());
-    }
+    const auto with = [&](auto kN) {
+        if (has_wgmma()) f(kN, integral_constant<int, 4>());
+        else f(kN, integral_constant<int, 1>());
+    };
+    if (N == 128) with(integral_constant<int, 128>());
+    else with(integral_constant<int, 64>());
 }
-// Before a fast sweep: clears the flags of its borders, which it returns, or fills the borders.
+// Before a fast sweep: clears the flags of its borders, or fills the borders.
 template <int N, int team, bool kReverse>
-static int* ssd_prepare(const char* name, float* borders, const bf16* fn, const bf16* fp, int64 ld_p, const float* dt,
-                        const float* dA, const float* first, const SsdRope& rope, const SsdShape& n, const SsdCut& cut,
-                        cudaStream_t stream) {
-    const int64 PN = n.P * n.N, ranges = cut.blocks() * kSsdParts;
-    float *behind = borders + cut.slots() * PN, *log_decays = behind + ranges * PN;
-    int* flags = reinterpret_cast<int*>(behind);
-    if (!cut.borders()) return flags;
+static SsdEnds ssd_prepare(const char* name, const float* first, float* last, float* borders, const bf16* fn,
+                           const bf16* fp, int64 ld_p, const SsdInput<bf16>& in, const SsdCut& cut,
+                           cudaStream_t stream) {
+    const int64 PN = in.n.P * N, ranges = cut.blocks() * kSsdParts;
+    float *states = borders + cut.slots() * PN, *log_decays = states + ranges * PN;
+    const SsdEnds ends = {first, last, borders, reinterpret_cast<int*>(states)};
+    if (!cut.borders()) return ends;
     if (cut.chained) {
-        CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
-        return flags;
+        CHECK_CUDA(cudaMemsetAsync(ends.flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
+        return ends;
     }
-    launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, behind,
-           log_decays, fn, fp, ld_p, dt, dA, rope, n, cut);
-    launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, behind, log_decays,
+    launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, states,
+           log_decays, fn, fp, ld_p, in, cut);
+    launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, states, log_decays,
            first, PN, kSsdParts, cut);
-    return flags;
+    return ends;
 }
 
 // C and B come as the projection made them, and so do their gradients leave: RoPE is inside. The fast kernels copy 16
@@ -3068,6 +3042,7 @@ template <class A>
 static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const A* sc, const A* sb, const A* sx,
                         const float* dt, const float* dA, const float* S_0, const SsdRope& rope, const SsdShape& n,
                         const SsdTiles& t, cudaStream_t stream) {
+    const SsdInput<A> in = {sc, sb, sx, dt, dA, rope, n};
     if constexpr (!std::is_same<A, float>::value)
         if (t.fast)
             return ssd_form(n.N, [&](auto kN, auto kTeam) {
@@ -3081,36 +3056,35 @@ static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const
                         cudaMemcpyAsync(copy, S_0, size_t(states) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
                     S_0 = copy;
                 }
-                int* flags = ssd_prepare<N, team, false>("ssd_forward", scratch, sb, sx, n.ld, dt, dA, S_0, rope, n,
-                                                         cut, stream);
+                const SsdEnds ends =
+                    ssd_prepare<N, team, false>("ssd_forward", S_0, S_T, scratch, sb, sx, n.ld, in, cut, stream);
                 launch(cut.chained && cut.borders(), "ssd_forward", ssd_forward_fast_kernel<N, team>, cut.blocks(),
-                       kForwardThreads, sizeof(SsdForwardShared<N, team>), stream, Y, S_T, chunk_states, sc, sb, sx, dt,
-                       dA, S_0, rope, scratch, flags, n, cut);
+                       kForwardThreads, sizeof(SsdForwardShared<N, team>), stream, Y, chunk_states, ends, in, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_forward", small ? ssd_forward_kernel<A, 2> : ssd_forward_kernel<A, 8>, n.B * n.H, kSsdThreads,
-           ssd_shared<A>(t, false), stream, Y, S_T, chunk_states, sc, sb, sx, dt, dA, S_0, rope, n, t);
+           ssd_shared<A>(t, false), stream, Y, S_T, chunk_states, S_0, in, t);
 }
 template <class A>
 static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* dS_0, float* scratch, const A* dY,
                          const float* dS_T, const A* sc, const A* sb, const A* sx, const float* dt, const float* dA,
                          const A* chunk_states, const SsdRope& turn, const SsdShape& n, const SsdTiles& t,
                          cudaStream_t stream) {
+    const SsdInput<A> in = {sc, sb, sx, dt, dA, turn, n};
     if constexpr (!std::is_same<A, float>::value)
         if (t.fast)
             return ssd_form(n.N, [&](auto kN, auto kTeam) {
                 constexpr int N = decltype(kN)::value, team = decltype(kTeam)::value;
                 const SsdCut cut = ssd_cut(n, t);
-                int* flags = ssd_prepare<N, team, true>("ssd_backward", scratch, sc, dY, n.H * n.P, dt, dA, dS_T, turn,
-                                                        n, cut, stream);
+                const SsdEnds ends =
+                    ssd_prepare<N, team, true>("ssd_backward", dS_T, dS_0, scratch, sc, dY, n.H * n.P, in, cut, stream);
                 launch(cut.chained && cut.borders(), "ssd_backward", ssd_backward_fast_kernel<N>, cut.blocks(),
-                       kSsdThreads, sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc,
-                       sb, sx, dt, dA, chunk_states, turn, scratch, flags, n, cut);
+                       kSsdThreads, sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dY, chunk_states,
+                       ends, in, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_backward", small ? ssd_backward_kernel<A, 2> : ssd_backward_kernel<A, 8>, n.B * n.H, kSsdThreads,
-           ssd_shared<A>(t, true), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, sc, sb, sx, dt, dA, chunk_states,
-           turn, n, t);
+           ssd_shared<A>(t, true), stream, dsc, dsb, dsx, ddt, ddA, dS_0, dY, dS_T, chunk_states, in, t);
     if (turn.cos)
         for (A* d : {dsc, dsb}) rope(d, turn.cos, turn.sin, n.N, n.B, n.T, n.H, n.ld, turn.before, true, stream);
 }
