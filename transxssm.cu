@@ -2326,15 +2326,15 @@ static size_t ssd_fast_shared(int64 N) {
 
 // How the work is cut. `abreast` neighbouring heads of a sequence go side by side, each in a block of its own, so that
 // what their blocks read at a time lies together in memory. The chunks of all such groups of pairs, one group after the
-// other, are dealt out to `ranges` equal ranges. chained: a state at a border comes from the block that was there before,
-// else all are known.
+// other, are dealt out to `ranges` equal ranges, at whose borders states pass from block to block.
 struct SsdCut {
     int H, T, chunks, abreast, groups, ranges;
-    bool chained;
+    // A state at a border comes from the block that was there before, or (few) all are known.
+    __host__ __device__ bool few() const { return groups < ranges; }
+    __host__ __device__ bool chained() const { return !few() && groups % ranges != 0; }
     __host__ __device__ int pairs() const { return groups * abreast; }
     int blocks() const { return ranges * abreast; }
-    bool borders() const { return groups % ranges != 0; }  // whether there are any within pairs
-    int slots() const { return blocks() + abreast; }       // of states at borders
+    int slots() const { return blocks() + abreast; }  // of states at borders
     __device__ int64 range(int i, int of) const { return int64(groups) * chunks * i / of; }
 };
 // A chunk of a block's work, in the order of the sweep: `step` of `pair`, before `end`, where the block's part of the pair
@@ -2600,7 +2600,7 @@ __device__ inline void enter(Accumulator<N / 8>& state, const SsdPlace<kReverse>
                              const SsdEnds& ends, int row, const SsdRope& rope) {
     const float* from = ends.first ? ends.first + int64(at.pair) * kFastP * N : nullptr;
     if (at.step > 0) {
-        if (cut.chained) await_note(ends.flags + 4 * int(blockIdx.x) + row / 16);
+        if (cut.chained()) await_note(ends.flags + 4 * int(blockIdx.x) + row / 16);
         from = ends.borders + int64(blockIdx.x) * kFastP * N;
     }
     state.zero();
@@ -2616,7 +2616,7 @@ __device__ inline void leave(Accumulator<N / 8>& state, const SsdPlace<kReverse>
                              const SsdEnds& ends, int row, const SsdRope& rope) {
     if (at.end == cut.chunks) {
         if (ends.last) write_state<N>(ends.last + int64(at.pair) * kFastP * N, state, row, rope, at.time());
-    } else if (cut.chained) {
+    } else if (cut.chained()) {
         const int next = int(blockIdx.x) + cut.abreast;
         write_state<N>(ends.borders + int64(next) * kFastP * N, state, row, rope, at.time());
         leave_note(ends.flags + 4 * next + row / 16);
@@ -2720,14 +2720,14 @@ __global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float
     if (threadIdx.x == 0) log_decays[blockIdx.x] = log_decay * kLn2;
 }
 // The states at the borders of the `blocks` ranges from those of the finer ones, `parts` for each. One thread per number
-// of a pair's state; first: S_0, or dS_T.
-__global__ void pass_states_kernel(float* borders, const float* states, const float* log_decays, const float* first,
-                                   int64 PN, int parts, SsdCut cut) {
+// of a pair's state; first: S_0, or dS_T, which is copied to `starts`: it may be overwritten before the last block reads it.
+__global__ void pass_states_kernel(float* borders, float* starts, const float* states, const float* log_decays,
+                                   const float* first, int64 PN, int parts, SsdCut cut) {
     const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= cut.pairs() * PN) return;
     const int ranges = cut.ranges * parts, pair = int(i / PN), lane = pair % cut.abreast;
     const int64 begin = int64(pair / cut.abreast) * cut.chunks, end = begin + cut.chunks;
-    float s = first ? first[i] : 0.0f;
+    float s = starts[i] = first ? first[i] : 0.0f;
     int r = int(begin * ranges / (int64(cut.groups) * cut.chunks));  // the range that the pair begins in
     while (cut.range(r + 1, ranges) <= begin) ++r;
     for (; cut.range(r + 1, ranges) < end; ++r) {
@@ -2993,16 +2993,16 @@ static SsdCut ssd_cut(const SsdShape& n, const SsdTiles& t) {
     while (n.H % abreast != 0 || most % abreast * 64 > most) --abreast;
     const int64 groups = pairs / abreast;
     const int64 ranges = std::min(most / abreast, std::max(groups, ceil_div(groups * chunks, 4)));
-    return {int(n.H), int(n.T), int(chunks), int(abreast), int(groups), int(ranges), groups >= ranges};
+    return {int(n.H), int(n.T), int(chunks), int(abreast), int(groups), int(ranges)};
 }
 static constexpr int kSsdParts = 2;  // ranges of ssd_states_kernel per range of the sweep
-// Floats of scratch: the states at borders; their flags, or the states of the finer ranges, their decays and a copy of S_0.
+// Floats of scratch: states at borders, then flags (chained), or of few pairs a copy of S_0, the states of the finer ranges
+// and their decays.
 static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
     if (!t.fast) return 0;
     const SsdCut cut = ssd_cut(n, t);
     const int64 PN = n.P * n.N;
-    if (cut.chained) return cut.slots() * (PN + 4);
-    return (cut.slots() + cut.pairs()) * PN + cut.blocks() * kSsdParts * (PN + 1);
+    return cut.slots() * (PN + 4) + (cut.few() ? cut.pairs() * PN + cut.blocks() * kSsdParts * (PN + 1) : 0);
 }
 // Calls f(N, team), as types, for the fast form that fits.
 template <class F>
@@ -3021,18 +3021,15 @@ static SsdEnds ssd_prepare(const char* name, const float* first, float* last, fl
                            const bf16* fp, int64 ld_p, const SsdInput<bf16>& in, const SsdCut& cut,
                            cudaStream_t stream) {
     const int64 PN = in.n.P * N, ranges = cut.blocks() * kSsdParts;
-    float *states = borders + cut.slots() * PN, *log_decays = states + ranges * PN;
-    const SsdEnds ends = {first, last, borders, reinterpret_cast<int*>(states)};
-    if (!cut.borders()) return ends;
-    if (cut.chained) {
-        CHECK_CUDA(cudaMemsetAsync(ends.flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
-        return ends;
-    }
+    float *behind = borders + cut.slots() * PN, *states = behind + cut.pairs() * PN, *log_decays = states + ranges * PN;
+    int* flags = reinterpret_cast<int*>(behind);
+    if (cut.chained()) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
+    if (!cut.few()) return {first, last, borders, flags};
     launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, states,
            log_decays, fn, fp, ld_p, in, cut);
-    launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, states, log_decays,
-           first, PN, kSsdParts, cut);
-    return ends;
+    launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, behind, states,
+           log_decays, first, PN, kSsdParts, cut);
+    return {behind, last, borders, nullptr};
 }
 
 // C and B come as the projection made them, and so do their gradients leave: RoPE is inside. The fast kernels copy 16
@@ -3048,18 +3045,10 @@ static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const
             return ssd_form(n.N, [&](auto kN, auto kTeam) {
                 constexpr int N = decltype(kN)::value, team = decltype(kTeam)::value;
                 const SsdCut cut = ssd_cut(n, t);
-                if (S_0 && S_0 == S_T && cut.borders() &&
-                    !cut.chained) {  // who reads S_0 may come after who writes S_T
-                    const int64 states = int64(cut.pairs()) * n.P * n.N;
-                    float* copy = scratch + ssd_scratch(n, t) - states;
-                    CHECK_CUDA(
-                        cudaMemcpyAsync(copy, S_0, size_t(states) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
-                    S_0 = copy;
-                }
                 const SsdEnds ends =
                     ssd_prepare<N, team, false>("ssd_forward", S_0, S_T, scratch, sb, sx, n.ld, in, cut, stream);
-                launch(cut.chained && cut.borders(), "ssd_forward", ssd_forward_fast_kernel<N, team>, cut.blocks(),
-                       kForwardThreads, sizeof(SsdForwardShared<N, team>), stream, Y, chunk_states, ends, in, cut);
+                launch(cut.chained(), "ssd_forward", ssd_forward_fast_kernel<N, team>, cut.blocks(), kForwardThreads,
+                       sizeof(SsdForwardShared<N, team>), stream, Y, chunk_states, ends, in, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_forward", small ? ssd_forward_kernel<A, 2> : ssd_forward_kernel<A, 8>, n.B * n.H, kSsdThreads,
@@ -3078,9 +3067,8 @@ static void ssd_backward(A* dsc, A* dsb, A* dsx, float* ddt, float* ddA, float* 
                 const SsdCut cut = ssd_cut(n, t);
                 const SsdEnds ends =
                     ssd_prepare<N, team, true>("ssd_backward", dS_T, dS_0, scratch, sc, dY, n.H * n.P, in, cut, stream);
-                launch(cut.chained && cut.borders(), "ssd_backward", ssd_backward_fast_kernel<N>, cut.blocks(),
-                       kSsdThreads, sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dY, chunk_states,
-                       ends, in, cut);
+                launch(cut.chained(), "ssd_backward", ssd_backward_fast_kernel<N>, cut.blocks(), kSsdThreads,
+                       sizeof(SsdBackwardShared<N>), stream, dsc, dsb, dsx, ddt, ddA, dY, chunk_states, ends, in, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_backward", small ? ssd_backward_kernel<A, 2> : ssd_backward_kernel<A, 8>, n.B * n.H, kSsdThreads,
