@@ -2251,13 +2251,13 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
 // to chunk. States that enter or leave (S_0, S_T and `borders`) are turned to position 0's frame, chunk_states stay
 // local.
 //
-// EQUAL SHARES. All chunks of all pairs, one pair after the other, each in the order of the sweep, are cut into as many
-// equal ranges as there are blocks. A block goes through the pairs of its range from the last to the first: it brings a
-// pair as far as its range goes and leaves the state in `borders` for the next block, which comes to the rest of that
-// pair at its end. With at least as many pairs as blocks the state is there by then (chained: a flag per warp tells).
-// With fewer, ssd_states_kernel has made the states at all borders before. The backward with many pairs has tasks
-// instead (segment, pair), ordered by segment, of which block b works on b, b + blocks, ...; a task waits for an earlier
-// one only. Whoever waits is launched cooperatively: all blocks run at once, so there is no deadlock.
+// EQUAL SHARES (SsdCut). Neighbouring heads of a sequence go abreast, each in a block of its own: what their blocks read
+// at a time lies together in memory. The chunks of all such groups, one group after the other, each in the order of the
+// sweep, are cut into equal ranges. A block goes through the groups of its range from the last to the first: it brings its
+// pair of a group as far as its range goes and leaves the state in `borders` for the block of the next range, which comes
+// to the rest of that pair at its end. With at least as many groups as ranges the state is there by then (chained: a flag
+// per warp tells; all blocks run at once, launched cooperatively). With fewer, ssd_states_kernel has made the states at
+// all borders before.
 //
 // Per chunk and head at N 128: reads 42 KB, writes Y 8 KB and S_in 16 KB (bf16); 4.2 M operations. Backward: reads
 // 66 KB, writes 41 KB, 9 M operations.
@@ -2324,9 +2324,6 @@ static size_t ssd_fast_shared(int64 N) {
                     : std::max(sizeof(SsdBackwardShared<64>), sizeof(SsdForwardShared<64, 1>));
 }
 
-// How the work is cut. `abreast` neighbouring heads of a sequence go side by side, each in a block of its own, so that
-// what their blocks read at a time lies together in memory. The chunks of all such groups of pairs, one group after the
-// other, are dealt out to `ranges` equal ranges, at whose borders states pass from block to block.
 struct SsdCut {
     int H, T, chunks, abreast, groups, ranges;
     // A state at a border comes from the block that was there before, or (few) all are known.
@@ -2522,10 +2519,10 @@ __device__ inline void load_scaled_transposed(Rows<bf16, kChunk>& a, SsdNarrow<t
         load_matrices<true>(a.r[k], x + spot(at, 16 * k + r + m / 2 * 8, col + m % 2 * 8));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float w[2];
+            float w[2], v[2];
             load<2>(w, f + 16 * k + i / 2 * 8 + acc_col());
-            a.r[k][i] = Rows<bf16, kChunk>::pack(w[0] * __uint_as_float(a.r[k][i] << 16),
-                                                 w[1] * __uint_as_float(a.r[k][i] & 0xFFFF0000u));
+            a.unpack(v, a.r[k][i]);
+            a.r[k][i] = a.pack(w[0] * v[0], w[1] * v[1]);
         }
     }
 }
