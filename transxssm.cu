@@ -1821,32 +1821,35 @@ static size_t ssd_fast_shared(int64 N);
 template <class A>
 static SsdTiles ssd_tiles(int64 N, int64 P) {
     const size_t limit = 227 * 1024;  // what a block of compute capability 9.0 may have
-    int device = 0, most = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const size_t most = size_t(shared_memory_per_block());
     for (const int q : {64, 32}) {
         if (N > 512 || P > 512) break;
         const bool usual = !std::is_same<A, float>::value && P == 64 && (N == 64 || N == 128);
-        const SsdTiles t{q, int(round_up(N, 32)), int(round_up(P, 32)), usual && ssd_fast_shared(N) <= size_t(most)};
+        const SsdTiles t{q, int(round_up(N, 32)), int(round_up(P, 32)), usual && ssd_fast_shared(N) <= most};
         if (t.units() <= 8 * kSsdWarps &&
-            std::max(ssd_shared<A>(t, true), ssd_shared<A>(t, false)) <= std::min(limit, size_t(most)))
+            std::max(ssd_shared<A>(t, true), ssd_shared<A>(t, false)) <= std::min(limit, most))
             return t;
     }
     fail("SSD: a state of P %lld x N %lld per head is too large for this GPU's on-chip memory (%d KB) in %s",
-         (long long)P, (long long)N, most / 1024, sizeof(A) == 2 ? "bf16" : "fp32");
+         (long long)P, (long long)N, int(most / 1024), sizeof(A) == 2 ? "bf16" : "fp32");
 }
 static int64 ssd_chunks(const SsdTiles& t, int64 T) { return ceil_div(T, t.q); }
 
+__device__ inline void turn(float& a, float& b, float c, float s) {
+    const float before = a;
+    a = before * c - b * s;
+    b = b * c + before * s;
+}
 // RoPE on a tile's first `rows` rows of N numbers, the first of which stands at `position`. All threads of the block.
 template <class A>
 __device__ inline void rotate_tile(A* tile, int ld, const SsdRope& rope, int64 position, int rows, int N) {
     const int half = N / 2;
     for (int i = int(threadIdx.x); i < rows * half; i += int(blockDim.x)) {
         const int r = i / half, j = i % half;
-        const float a = to_float(tile[r * ld + j]), b = to_float(tile[r * ld + j + half]),
-                    c = rope.cos[(position + r) * half + j], s = rope.sin[(position + r) * half + j];
-        tile[r * ld + j] = from_float<A>(a * c - b * s);
-        tile[r * ld + j + half] = from_float<A>(b * c + a * s);
+        float a = to_float(tile[r * ld + j]), b = to_float(tile[r * ld + j + half]);
+        turn(a, b, rope.cos[(position + r) * half + j], rope.sin[(position + r) * half + j]);
+        tile[r * ld + j] = from_float<A>(a);
+        tile[r * ld + j + half] = from_float<A>(b);
     }
 }
 
@@ -2278,6 +2281,10 @@ struct SsdAngles {
     static __device__ unsigned at(unsigned row, unsigned j) {
         return row * ld + j / 8 * 4 + j / 4 % 2 * (half / 2 + 4) + j % 4;
     }
+    __device__ void get(int row, int j, float (&c)[2], float (&s)[2]) const {  // of j and j + 1
+        load<2>(c, cos + at(row, j));
+        load<2>(s, sin + at(row, j));
+    }
     __device__ void fill(const SsdRope& rope) {  // no turn at all without RoPE
         for (int i = int(threadIdx.x); i < (kChunk + 1) * half; i += int(blockDim.x)) {
             cos[at(i / half, i % half)] = rope.cos ? rope.cos[i] : 1.0f;
@@ -2414,19 +2421,16 @@ __device__ inline void rotate_fetched(int thread, const SsdAngles<N>& angles, Ss
             load<4>(c[h], angles.cos + angles.at(r, j + 4 * h));
             load<4>(s[h], angles.sin + angles.at(r, j + 4 * h));
         }
-        const auto turn = [&](bf16* lo, bf16* hi) {
-            float a[8], b[8], ra[8], rb[8];
+        const auto turn_pieces = [&](bf16* lo, bf16* hi) {
+            float a[8], b[8];
             load<8>(a, lo);
             load<8>(b, hi);
 #pragma unroll
-            for (int l = 0; l < 8; ++l) {
-                ra[l] = a[l] * c[l / 4][l % 4] - b[l] * s[l / 4][l % 4];
-                rb[l] = b[l] * c[l / 4][l % 4] + a[l] * s[l / 4][l % 4];
-            }
-            store<8>(lo, ra);
-            store<8>(hi, rb);
+            for (int l = 0; l < 8; ++l) turn(a[l], b[l], c[l / 4][l % 4], s[l / 4][l % 4]);
+            store<8>(lo, a);
+            store<8>(hi, b);
         };
-        (turn(tiles + spot(at, r, j), tiles + spot(at, r, j + N / 2)), ...);
+        (turn_pieces(tiles + spot(at, r, j), tiles + spot(at, r, j + N / 2)), ...);
     }
 }
 // Turns 16 rows of tokens, from `row` on.
@@ -2436,15 +2440,15 @@ __device__ inline void rotate_rows(Rows<bf16, N>& x, const SsdAngles<N>& angles,
     for (int k = 0; k < N / 32; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const unsigned at = angles.at(row + acc_row() + i % 2 * 8, 16 * k + i / 2 * 8 + acc_col());
             uint32_t &lo = x.r[k][i], &hi = x.r[k + N / 32][i];
             float c[2], s[2], a[2], b[2];
-            load<2>(c, angles.cos + at);
-            load<2>(s, angles.sin + at);
+            angles.get(row + acc_row() + i % 2 * 8, 16 * k + i / 2 * 8 + acc_col(), c, s);
             x.unpack(a, lo);
             x.unpack(b, hi);
-            lo = x.pack(a[0] * c[0] - b[0] * s[0], a[1] * c[1] - b[1] * s[1]);
-            hi = x.pack(b[0] * c[0] + a[0] * s[0], b[1] * c[1] + a[1] * s[1]);
+            turn(a[0], b[0], c[0], s[0]);
+            turn(a[1], b[1], c[1], s[1]);
+            lo = x.pack(a[0], a[1]);
+            hi = x.pack(b[0], b[1]);
         }
 }
 // Turns the rows of an accumulator: v[j], v[j + N/2] by angle j. f(h, j, c, s) gives the cosines and sines of j and
@@ -2458,21 +2462,13 @@ __device__ inline void rotate_rows(Accumulator<NT>& v, float sign, F f) {
             float c[2], s[2];
             f(h, 8 * t + acc_col(), c, s);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float &a = v.v[t][2 * h + i], &b = v.v[t + NT / 2][2 * h + i];
-                const float ra = a * c[i] - sign * b * s[i], rb = b * c[i] + sign * a * s[i];
-                a = ra;
-                b = rb;
-            }
+            for (int i = 0; i < 2; ++i) turn(v.v[t][2 * h + i], v.v[t + NT / 2][2 * h + i], c[i], sign * s[i]);
         }
 }
 // The same by q positions, for all rows: from a chunk's frame to the next one's, or back.
 template <int N>
 __device__ inline void rotate_frame(Accumulator<N / 8>& v, float sign, const SsdAngles<N>& angles) {
-    rotate_rows(v, sign, [&](int, int j, float(&c)[2], float(&s)[2]) {
-        load<2>(c, angles.cos + angles.at(kChunk, j));
-        load<2>(s, angles.sin + angles.at(kChunk, j));
-    });
+    rotate_rows(v, sign, [&](int, int j, float(&c)[2], float(&s)[2]) { angles.get(kChunk, j, c, s); });
 }
 // Sums over the columns of acc o rows: s[0] of row lane/4, s[1] of row lane/4 + 8, this thread's part.
 template <int NT>
@@ -2661,12 +2657,12 @@ __device__ inline void ssd_sweep(Shared& m, const SsdInput<bf16>& in, const SsdC
         block_barrier();  // this chunk's tiles, vectors and state are complete, all that is older has been read
         Place ahead = next;
         const bool further = more && ahead.next(cut);
-        if (stages == 2 ? more : further) fetch(stages == 2 ? next : ahead, stages == 2 ? after : 3 - stage - after);
-        copies_commit();
         if (keeps_time && more) {
             steps.write(m.vectors[turn ^ 1]);
             if (further) steps.load(in, ahead.row, ahead.h, ahead.valid(cut));  // it takes long to come
         }
+        if (stages == 2 ? more : further) fetch(stages == 2 ? next : ahead, stages == 2 ? after : 3 - stage - after);
+        copies_commit();
         work(at, more, stage, turn);
         if (!more) return;
         copies_wait<stages - 2>();
@@ -2678,6 +2674,7 @@ __device__ inline void ssd_sweep(Shared& m, const SsdInput<bf16>& in, const SsdC
     }
 }
 
+static constexpr int kSsdParts = 2;  // ranges of ssd_states_kernel per range of the sweep
 // What the chunks of a pair in one range add to the state, where the range ends within the pair: states (ranges,P,N) in
 // position 0's frame, and the logarithm of what remains of the state before. forward: fn = B, fp = X; reverse: C and dY.
 // One block of 4 warps per range, a few ranges per block of the sweep. Bound by memory: 24 KB per chunk.
@@ -2692,7 +2689,8 @@ __global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float
     const SsdNarrow<team> narrow;
     const int thread = int(threadIdx.x), row = int(threadIdx.x / 32 * 16);
     SsdPlace<kReverse> at(cut);
-    if (at.end == cut.chunks) return;
+    const int64 border = cut.range(int(blockIdx.x) / cut.abreast / kSsdParts + 1, cut.ranges);
+    if (border >= int64(at.group + 1) * cut.chunks) return;  // none follows in this pair
     at.last = at.group;
     const auto fetch = [&](const auto& p, int stage) {
         fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * in.n.ld + p.h * N, in.n.ld, p.valid(cut));
@@ -2716,21 +2714,21 @@ __global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float
     });
     if (threadIdx.x == 0) log_decays[blockIdx.x] = log_decay * kLn2;
 }
-// The states at the borders of the `blocks` ranges from those of the finer ones, `parts` for each. One thread per number
+// The states at the borders of the ranges from those of the finer ones. One thread per number
 // of a pair's state; first: S_0, or dS_T, which is copied to `starts`: it may be overwritten before the last block reads it.
 __global__ void pass_states_kernel(float* borders, float* starts, const float* states, const float* log_decays,
-                                   const float* first, int64 PN, int parts, SsdCut cut) {
+                                   const float* first, int64 PN, SsdCut cut) {
     const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= cut.pairs() * PN) return;
-    const int ranges = cut.ranges * parts, pair = int(i / PN), lane = pair % cut.abreast;
+    const int ranges = cut.ranges * kSsdParts, pair = int(i / PN), lane = pair % cut.abreast;
     const int64 begin = int64(pair / cut.abreast) * cut.chunks, end = begin + cut.chunks;
     float s = starts[i] = first ? first[i] : 0.0f;
     int r = int(begin * ranges / (int64(cut.groups) * cut.chunks));  // the range that the pair begins in
     while (cut.range(r + 1, ranges) <= begin) ++r;
-    for (; cut.range(r + 1, ranges) < end; ++r) {
+    for (; cut.range(r / kSsdParts + 1, cut.ranges) < end; ++r) {
         const int64 at = int64(r) * cut.abreast + lane;
         s = expf(log_decays[at]) * s + states[at * PN + i % PN];
-        if ((r + 1) % parts == 0) borders[((r + 1) / parts * int64(cut.abreast) + lane) * PN + i % PN] = s;
+        if ((r + 1) % kSsdParts == 0) borders[((r + 1) / kSsdParts * int64(cut.abreast) + lane) * PN + i % PN] = s;
     }
 }
 
@@ -2836,8 +2834,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         rotate_fetched<kSsdThreads, N, 1>(thread, m.angles, wide, m.C[turn], m.B[turn]);
     };
     const auto token_angles = [&](int h, int j, float(&c)[2], float(&s)[2]) {
-        load<2>(c, m.angles.cos + m.angles.at(row + acc_row() + 8 * h, j));
-        load<2>(s, m.angles.sin + m.angles.at(row + acc_row() + 8 * h, j));
+        m.angles.get(row + acc_row() + 8 * h, j, c, s);
     };
     // One warp, when the dot products of a chunk are complete.
     const auto finish = [&](const auto& p, const SsdDots& d) {
@@ -2992,7 +2989,6 @@ static SsdCut ssd_cut(const SsdShape& n, const SsdTiles& t) {
     const int64 ranges = std::min(most / abreast, std::max(groups, ceil_div(groups * chunks, 4)));
     return {int(n.H), int(n.T), int(chunks), int(abreast), int(groups), int(ranges)};
 }
-static constexpr int kSsdParts = 2;  // ranges of ssd_states_kernel per range of the sweep
 // Floats of scratch: states at borders, then flags (chained), or of few pairs a copy of S_0, the states of the finer ranges
 // and their decays.
 static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
@@ -3025,7 +3021,7 @@ static SsdEnds ssd_prepare(const char* name, const float* first, float* last, fl
     launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, states,
            log_decays, fn, fp, ld_p, in, cut);
     launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, behind, states,
-           log_decays, first, PN, kSsdParts, cut);
+           log_decays, first, PN, cut);
     return {behind, last, borders, nullptr};
 }
 
