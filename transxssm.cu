@@ -2677,9 +2677,9 @@ __device__ inline void ssd_sweep(Shared& m, const SsdInput<bf16>& in, const SsdC
 static constexpr int kSsdParts = 2;  // ranges of ssd_states_kernel per range of the sweep
 // What the chunks of a pair in one range add to the state, where the range ends within the pair: states (ranges,P,N) in
 // position 0's frame, and the logarithm of what remains of the state before. forward: fn = B, fp = X; reverse: C and dY.
-// One block of 4 warps per range, a few ranges per block of the sweep. Bound by memory: 24 KB per chunk.
+// A few blocks per block of the sweep; warps 0-3 have the rows of the state, 4-7 bring the tiles. 24 KB per chunk.
 template <int N, int team, bool kReverse>
-__global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float* log_decays, const bf16* fn,
+__global__ void __launch_bounds__(256, 2) ssd_states_kernel(float* states, float* log_decays, const bf16* fn,
                                                             const bf16* fp, int64 ld_p, SsdInput<bf16> in, SsdCut cut) {
     constexpr int P = kFastP;
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
@@ -2687,7 +2687,7 @@ __global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float
     Shared& m = *reinterpret_cast<Shared*>(ssd_memory);
     const SsdWide<N, team> wide;
     const SsdNarrow<team> narrow;
-    const int thread = int(threadIdx.x), row = int(threadIdx.x / 32 * 16);
+    const int thread = int(threadIdx.x) - 128, row = int(threadIdx.x / 32 * 16);
     SsdPlace<kReverse> at(cut);
     const int64 border = cut.range(int(blockIdx.x) / cut.abreast / kSsdParts + 1, cut.ranges);
     if (border >= int64(at.group + 1) * cut.chunks) return;  // none follows in this pair
@@ -2697,10 +2697,12 @@ __global__ void __launch_bounds__(128, 2) ssd_states_kernel(float* states, float
         fetch_tile<128>(thread, narrow, m.X[stage], fp + p.row * ld_p + p.h * P, ld_p, p.valid(cut));
     };
     const auto arrived = [&](int stage) { rotate_fetched<128, N, team>(thread, m.angles, wide, m.B[stage]); };
+    const auto none = [](auto&&...) {};
+    if (thread >= 0) return ssd_sweep<team>(m, in, cut, at, thread < 32, fetch, arrived, none);
     Accumulator<N / 8> state[1];
     state[0].zero();
     float log_decay = 0;
-    ssd_sweep<team>(m, in, cut, at, row == 0, fetch, arrived, [&](const auto& here, bool more, int stage, int turn) {
+    ssd_sweep<team>(m, in, cut, at, false, none, none, [&](const auto& here, bool more, int stage, int turn) {
         const SsdVectors& v = m.vectors[turn];
         Rows<bf16, kChunk> x[1];
         load_scaled_transposed(x[0], narrow, m.X[stage], row, kReverse ? v.from_in : v.into);
@@ -3018,7 +3020,7 @@ static SsdEnds ssd_prepare(const char* name, const float* first, float* last, fl
     int* flags = reinterpret_cast<int*>(behind);
     if (cut.chained()) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
     if (!cut.few()) return {first, last, borders, flags};
-    launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 128, sizeof(SsdShared<N, team, 3>), stream, states,
+    launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 256, sizeof(SsdShared<N, team, 3>), stream, states,
            log_decays, fn, fp, ld_p, in, cut);
     launch(name, pass_states_kernel, ceil_div(cut.pairs() * PN, 256), 256, 0, stream, borders, behind, states,
            log_decays, first, PN, cut);
