@@ -2400,7 +2400,7 @@ __device__ inline void fetch_tile(int thread, Tile<bf16, kChunk, kCols, team> to
     const unsigned j = i % per_row * 8 + (kCols == 64 ? r0 % 2 * half : 0);  // other banks for odd rows
     const char* left = reinterpret_cast<const char*>(from + j);
     const char* right = reinterpret_cast<const char*>(from + (j ^ half));
-#pragma unroll
+#pragma unroll 1
     for (unsigned r = r0, k = 0; k < kChunk / rows; ++k, r += rows) {
         const unsigned row = min(r, unsigned(valid) - 1);  // what is not read is none the less a place that there is
         copy16(tile + spot(to, r, j), left + uint64_t(row) * stride, row == r);
@@ -2412,7 +2412,7 @@ template <int kThreads, int N, int team, class... Tiles>
 __device__ inline void rotate_fetched(int thread, const SsdAngles<N>& angles, SsdWide<N, team> at, Tiles... tiles) {
     constexpr int per_row = N / 16, rows = kThreads / per_row;
     const unsigned i = unsigned(fresh(thread)), j = i % per_row * 8;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < kChunk / rows; ++k) {
         const unsigned r = i / per_row + unsigned(k * rows);
         float c[2][4], s[2][4];
@@ -2792,7 +2792,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
         settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
         if (chunk_states) {
             bf16* to = chunk_states + (int64(at.pair) * cut.chunks + at.chunk) * P * N;
-#pragma unroll
+#pragma unroll 2
             for (int i = 0; i < N / 16; ++i) {
                 const int r = row + (32 * i + lane_id()) / (N / 8), c = lane_id() % (N / 8) * 8;
                 *reinterpret_cast<uint4*>(to + r * N + c) =
