@@ -1768,11 +1768,11 @@ static void ssd_dt_backward(A* ddt_raw, float* ddt_bias, float* dA_log, float* p
 // ---- 7a  Recurrent: one token, in section 11b
 
 // ---- 7c  Chunked ------------------------------------------------------------------------------------------------------
-// One block of 8 warps sweeps the chunks of one (sequence, head). The state stays in its
-// registers: it is cut into units of 16 x 32 numbers, and unit u belongs to warp u % 8 for the whole sweep. C, B, X
-// are read once, Y is written once, and no Q x Q matrix leaves the chip. The chunk length is this kernel's own
-// (SsdTiles::q), since the result does not depend on it; config.Q is for the reference. The backward needs S_in of
-// every chunk: chunk_states (B,H,chunks,P,N) in A, since it is read as an operand.
+// One block of 8 warps sweeps the chunks of one (sequence, head). The state stays in its registers: it is cut into units of
+// 16 x 32 numbers, and unit u belongs to warp u % 8 for the whole sweep. C, B, X are read once, Y is written once, and no
+// Q x Q matrix leaves the chip. The chunk length is this kernel's own (SsdTiles::q), since the result does not depend on
+// it; config.Q is for the reference. The backward needs S_in of every chunk: chunk_states (B,H,chunks,P,N) in A, since it
+// is read as an operand.
 //
 // Tiles are padded: N and P to multiples of 32. A token past the end has C = B = X = 0, dt = 0, dA = 0: it changes
 // nothing. These kernels take any shape and both types; 7d is the fast form for the usual ones.
@@ -2244,7 +2244,8 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
 //
 //     warps 0-3     16 tokens each, as rows of the (q,q) matrices that are summed over later (forward: earlier) tokens
 //     warps 4-7     16 rows of the state each, in fp32 accumulators; in the backward also the rows of dC
-//     warps 8-11    of the forward: bring the tiles and turn them (in the backward all do)
+//     warps 8-11    of the forward: bring the tiles and turn B (warps 0-3 turn C, in registers; the backward's bring and
+//                   turn all together)
 //
 // The forward's products are those of section 6a, by wgmma or mma.sync (team).
 //
@@ -2390,6 +2391,7 @@ __device__ inline void copy16(bf16* to, const void* from, bool inside) {
                  "l"(from), "r"(inside ? 16 : 0)
                  : "memory");
 }
+// Loops over the rows of a tile are rolled: with less code, training was faster.
 // Copies a (q, kCols) tile, rows past `valid` become zero. A thread brings 16 bytes of the left half and those of the right
 // half that RoPE pairs them with, so that it can turn what it has copied without a barrier between.
 template <int kThreads, int kCols, int team>
