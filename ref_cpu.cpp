@@ -3388,19 +3388,21 @@ const char* const bench_columns =
 
 }  // namespace
 
-// A field that was not measured or counted is empty.
+// A field that was not measured or counted is empty; a comma in a text becomes a semicolon.
 std::string bench_csv(const std::vector<BenchRow>& rows) {
     const auto number = [](double v) { return std::isfinite(v) && v > 0 ? format("%.6g", v) : std::string(); };
+    const auto words = [](std::string v) {
+        std::replace(v.begin(), v.end(), ',', ';');
+        return v;
+    };
     std::string s = std::string(bench_columns) + "\n";
     for (const BenchRow& r : rows) {
-        std::string note = r.note;
-        std::replace(note.begin(), note.end(), ',', ';');
-        s += r.kind + "," + r.engine + "," + r.model + "," + r.what + "," + std::to_string(r.B) + "," +
-             std::to_string(r.T) + "," + std::to_string(r.runs);
+        s += r.kind + "," + words(r.engine) + "," + words(r.model) + "," + words(r.what) + "," + std::to_string(r.B) +
+             "," + std::to_string(r.T) + "," + std::to_string(r.runs);
         for (const double v :
              {r.ms, r.ms_25, r.ms_75, r.tokens_per_s(), r.bytes, r.flops, r.memory, r.copy_share, r.gemm_share})
             s += "," + number(v);
-        s += "," + note + "\n";
+        s += "," + words(r.note) + "\n";
     }
     return s;
 }

@@ -1629,7 +1629,7 @@ static CUtensorMap make_map(const bf16* p, int64 P, int64 heads, int64 rows, int
     const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(p), sizes, strides, box,
                               every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) fail("GPU: attention: no map of a tensor: error %d", int(r));
+    if (r != CUDA_SUCCESS) fail("GPU: no map of a tensor: error %d", int(r));
     return map;
 }
 template <class A, int team>
@@ -3470,8 +3470,8 @@ static void swiglu_backward(A* dgate_up, A* dh_h, const A* gate_up, int64 rows, 
 // So one team's products hide the other's last step. A thread has 192 accumulators, in the backward 128. Four threads hold 32
 // columns of a row, two of each eight, and trade them for eight neighbours each, so that whole sectors are stored.
 //
-// A buffer is `filled` when its bytes are there, and `free` when the eight warps of the two teams, of both blocks, that read
-// it have said so. A barrier tells only the last phase from the one before it, so that a team waits for its first buffer
+// A buffer is `filled` when its bytes are there, and `free` when the eight warps that read it, a team in each block, have said
+// so. A barrier tells only the last phase from the one before it, so that a team waits for its first buffer
 // only when the other is past its last one (named barriers 1 and 2). Blocks leave together: until then the other one may
 // write here.
 //
@@ -3737,7 +3737,7 @@ static bool glu(A* y, A* h, const A* left, const A* right, const A* gate_up, int
         int device = 0, blocks = 0;
         CHECK_CUDA(cudaGetDevice(&device));
         CHECK_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
-        launch(kBackward ? "matmul dx, swiglu_backward" : "matmul y, swiglu_forward", glu_kernel<kBackward>,
+        launch(kBackward ? "matmul dx + swiglu_backward" : "matmul y + swiglu_forward", glu_kernel<kBackward>,
                blocks / 2 * 2, kGluThreads, sizeof(GluShared<kBackward>), stream, y, h, maps, rows, F, K);
         return true;
     }
