@@ -3238,12 +3238,12 @@ std::string xml_escaped(const std::string& s) {
     return out;
 }
 
-const double plot_width = 980, plot_height = 480;
+const double plot_width = 1060, plot_height = 480;
 
 std::string plot_svg(Plot plot) {
     static const char* const colors[] = {"#1f6fb4", "#d1495b", "#2a9d5c", "#e9a03b", "#7b5ea7", "#4bb3c9", "#8c6d46",
                                          "#d67fb4", "#7f8c8d", "#a3b84c", "#9ecae9", "#f2a1ab", "#93d4ae", "#c3b1e1"};
-    const double left = 110, right = 250, top = 48, bottom = 60;
+    const double left = 110, right = 330, top = 48, bottom = 60;
     const double width = plot_width - left - right, height = plot_height - top - bottom;
     const bool bars = !plot.bars.empty();
 

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"  # its key lacks the choice of attention: what flash compiled would serve cuDNN, too
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -435,39 +436,47 @@ def our_side(a, case, path):
 
 
 def table(case, rows):
-    """Markdown: a line per shape, a column per engine, and how many times faster ours is than the best of the others; then our
-    hybrid over the Transformers"""
-    rate = case in ("train", "prefill", "decode")
-    rows = [r for r in rows if r["case"] == case and r["what"] != "backward" and (r["ms"] or r["note"])]
-    engines = ["transxssm"] + list(dict.fromkeys(r["engine"] for r in rows if r["engine"] != "transxssm"))
-    cells = {}  # (model, what, B, T) -> engine -> row
+    """Markdown: a line per shape, a column per engine and model; then how many times faster ours is than the best of the others,
+    and our hybrid than the Transformers. Products are lines, too."""
+    rate, by_line = case in ("train", "prefill", "decode"), case == "gemm"
+    cells, lines, columns = {}, {}, {}  # (line, column) -> row
     for r in rows:
-        cells.setdefault((r["model"], r["what"], int(r["B"]), int(r["T"])), {})[r["engine"]] = r
-    ms = lambda r: float(r["ms"]) if r and r["ms"] else math.inf
-    best_peer = lambda line: min((ms(r) for e, r in line.items() if e != "transxssm"), default=math.inf)
-    ratio = lambda theirs, ours: f"{theirs / ours:.2f}" if math.isfinite(theirs) and math.isfinite(ours) else ""
+        if r["case"] != case or r["what"] == "backward" or not (r["ms"] or r["note"]):
+            continue
+        line = (r["model"] if by_line else "", r["what"], int(r["B"]), int(r["T"]))
+        column = (r["engine"], "" if by_line else r["model"])
+        lines[line] = columns[column] = True
+        cells[line, column] = r
+    ours = "transxssm"
+    columns = sorted(columns, key=lambda c: c[0] != ours)  # ours first
+    ms = lambda line, column: float((cells.get((line, column)) or {}).get("ms") or math.inf)
+    best = lambda line, model: min((ms(line, c) for c in columns if c[0] != ours and c[1] == model), default=math.inf)
+    ratio = lambda theirs, here: f"{theirs / here:.2f}" if math.isfinite(theirs) and math.isfinite(here) else ""
 
-    def show(r):
+    def show(line, column):
+        r = cells.get((line, column))
         if not r:
             return ""
         if not r["ms"]:
             return "no memory" if "memory" in r["note"] or "GB" in r["note"] else "not possible"
-        text = f"{float(r['tokens_per_s']):,.0f}" if rate else f"{ms(r):.3f}"
+        text = f"{float(r['tokens_per_s']):,.0f}" if rate else f"{float(r['ms']):.3f}"
         return text + (f", {float(r['memory']) / 1e9:.1f} GB" if r["what"] == "step" else "")
 
-    head = [f"{'here' if e == 'transxssm' else e}, {'tokens/s' if rate else 'ms'}" for e in engines]
-    text = ["| | | B x T | " + " | ".join(head) + " | here over the best |", "|---" * (4 + len(engines)) + "|"]
-    for (model, what, B, T), line in cells.items():
-        name = model.replace("|", "\\|")
-        text.append(f"| {name} | {what} | {B} x {T:,} | " + " | ".join(show(line.get(e)) for e in engines) +
-                    f" | {ratio(best_peer(line), ms(line.get('transxssm')))} |")
-    hybrids = [k for k in cells if k[0].endswith("hybrid") and (k[0][:-6] + "transformer",) + k[1:] in cells]
-    if hybrids:
-        text += ["", "| our hybrid over | | B x T | our Transformer | PyTorch's best Transformer |", "|---|---|---|---|---|"]
-    for model, what, B, T in hybrids:
-        line, ours = cells[model[:-6] + "transformer", what, B, T], ms(cells[model, what, B, T].get("transxssm"))
-        text.append(f"| {model[:-6]}| {what} | {B} x {T:,} | {ratio(ms(line.get('transxssm')), ours)} | "
-                    f"{ratio(best_peer(line), ours)} |")
+    ratios = [(f"{m}: here over the best other".lstrip(": "), lambda line, m=m: ratio(best(line, m), ms(line, (ours, m))))
+              for m in dict.fromkeys(c[1] for c in columns if c[0] != ours)]
+    for e, hybrid in columns:
+        transformer = hybrid.replace("hybrid", "transformer")
+        if e == ours and hybrid.endswith("hybrid") and (ours, transformer) in columns:
+            at = lambda line, h=hybrid: ms(line, (ours, h))
+            ratios.append(("hybrid over our Transformer", lambda line, t=transformer: ratio(ms(line, (ours, t)), at(line))))
+            if any(c[0] != ours and c[1] == transformer for c in columns):
+                ratios.append(("over the best other Transformer", lambda line, t=transformer: ratio(best(line, t), at(line))))
+    name = lambda c: f"{'here' if c[0] == ours else c[0]}: {c[1]}".rstrip(": ")
+    head = (["product"] if by_line else []) + ["tokens/s" if rate else "ms", "B x T"] + [name(c) for c in columns]
+    text = ["| " + " | ".join(head + [r[0] for r in ratios]) + " |", "|---" * (len(head) + len(ratios)) + "|"]
+    for line in lines:
+        first = ([line[0].replace("|", "\\|")] if by_line else []) + [line[1], f"{line[2]} x {line[3]:,}"]
+        text.append("| " + " | ".join(first + [show(line, c) for c in columns] + [f(line) for _, f in ratios]) + " |")
     return "\n".join(text) + "\n"
 
 
