@@ -277,10 +277,10 @@ def free_memory():
     torch.cuda.empty_cache()
 
 
-def use_attention(kind):
+def use_attention(kind):  # "any": PyTorch chooses
     cuda = torch.backends.cuda
-    cuda.enable_flash_sdp(kind == "flash")
-    cuda.enable_cudnn_sdp(kind == "cuDNN")
+    cuda.enable_flash_sdp(kind in ("flash", "any"))
+    cuda.enable_cudnn_sdp(kind in ("cuDNN", "any"))
     cuda.enable_mem_efficient_sdp(kind == "any")
     cuda.enable_math_sdp(kind == "any")
 
