@@ -88,6 +88,12 @@ struct Profile {
 };
 static Profile* profile = nullptr;
 
+static int multiprocessors() {
+    int device = 0, count = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
 // Shared memory that a block may ask for, in bytes.
 static int64 shared_memory_per_block() {
     int device = 0, bytes = 0;
@@ -241,7 +247,9 @@ static constexpr int64 kPartialBlocks = 1024;  // blocks that share a sum over r
 // one of the list is often faster, and the tile of its output tells which: see preferred_tiles. Reductions in place are
 // excluded, all others add up in a fixed order.
 
-static constexpr int64 kManyTokens = 8192;  // what was timed; decoding, say, is another matter
+// From so many rows on products take the algorithms of preferred_tiles, and the two that SwiGLU follows the kernel of
+// section 9. Both were timed for training steps; fewer rows, as in decoding, were not.
+static constexpr int64 kManyTokens = 8192;
 
 class Blas {
   public:
@@ -637,6 +645,7 @@ __device__ inline void await(uint64_t* barrier, int phase) {
                      : "memory");
 }
 
+// Two numbers in bf16, one word (Rows has them, too).
 __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ inline uint32_t pack(float a, float b) { return Rows<bf16, 16>::pack(a, b); }
@@ -2976,12 +2985,6 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
 
 // ---- 7c and 7d: the launchers -----------------------------------------------------------------------------------------
 
-static int64 multiprocessors() {
-    int device = 0, count = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
 // A block for each multiprocessor, if each has 4 chunks to do, or else whole pairs. Heads go abreast as far as (almost)
 // no multiprocessor is left without work.
 static SsdCut ssd_cut(const SsdShape& n, const SsdTiles& t) {
@@ -3734,11 +3737,8 @@ static bool glu(A* y, A* h, const A* left, const A* right, const A* gate_up, int
         };
         const GluMaps maps = {map(left, K, rows, 128), kBackward ? map(right, F, K, 64) : map(right, K, 2 * F, 96),
                               kBackward ? map(gate_up, 2 * F, rows, 64) : CUtensorMap{}};
-        int device = 0, blocks = 0;
-        CHECK_CUDA(cudaGetDevice(&device));
-        CHECK_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
         launch(kBackward ? "matmul dx + swiglu_backward" : "matmul y + swiglu_forward", glu_kernel<kBackward>,
-               blocks / 2 * 2, kGluThreads, sizeof(GluShared<kBackward>), stream, y, h, maps, rows, F, K);
+               multiprocessors() / 2 * 2, kGluThreads, sizeof(GluShared<kBackward>), stream, y, h, maps, rows, F, K);
         return true;
     }
     return false;
@@ -5101,12 +5101,8 @@ struct CudaState : State {
     CudaState(const Config& c, int64 sequences, int64 tokens, const void* of) : layers(size_t(c.L)), model(of) {
         B = sequences;
         capacity = tokens;
-        if (!std::is_same<A, float>::value && CUDART_VERSION >= 12030 && has_wgmma()) {
-            int device = 0, blocks = 0;
-            CHECK_CUDA(cudaGetDevice(&device));
-            CHECK_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
-            whole = plan_token(&token_plan, c, B, capacity, blocks, shared_memory_per_block());
-        }
+        if (!std::is_same<A, float>::value && CUDART_VERSION >= 12030 && has_wgmma())
+            whole = plan_token(&token_plan, c, B, capacity, multiprocessors(), shared_memory_per_block());
         Arena plan;
         take(&plan, c);
         memory.resize(plan.used, "the state");
@@ -5847,8 +5843,8 @@ void Model<A>::backward(double scale) {
         A* d = dropout_on ? dm : dx;
         see_gradient(i, "ffn.out", d, {B, T, D});
         const Matrix& down = matrix(Param::down_proj, i);
-        if (probe) {
-            linear_backward_input(h, d, down, rows);  // h's gradient, in its place
+        if (probe) {  // h's gradient, in its place: down_backward need not leave it in memory
+            linear_backward_input(h, d, down, rows);
             see_gradient(i, "ffn.hidden", h, {B, T, F});
         }
         down_backward(blas, dgate_up, h, d, a.gate_up, data(down), rows, D, F, stream);
