@@ -40,6 +40,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <tuple>
 #include <type_traits>
@@ -5038,6 +5039,26 @@ class Memory {
     size_t bytes = 0;
 };
 
+// n numbers from the host, rounded to T; and back.
+template <class T>
+static void to_device(T* to, const float* host, int64 n, cudaStream_t stream) {
+    if (n == 0) return;
+    Memory staging;
+    staging.resize(size_t(n) * sizeof(float), "a copy");
+    CHECK_CUDA(cudaMemcpyAsync(staging.at(), host, staging.size(), cudaMemcpyHostToDevice, stream));
+    launch("convert", convert_kernel<T, float>, ceil_div(n, 256), 256, 0, stream, to, staging.at<float>(), n);
+    CHECK_CUDA(cudaStreamSynchronize(stream));
+}
+template <class T>
+static void to_host(float* host, const T* from, int64 n, cudaStream_t stream) {
+    if (n == 0) return;
+    Memory staging;
+    staging.resize(size_t(n) * sizeof(float), "a copy");
+    launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, stream, staging.at<float>(), from, n);
+    CHECK_CUDA(cudaMemcpyAsync(host, staging.at(), staging.size(), cudaMemcpyDeviceToHost, stream));
+    CHECK_CUDA(cudaStreamSynchronize(stream));
+}
+
 // Hands out pieces of one allocation. Without memory behind it, it only counts: the plan is made first, then carried
 // out.
 struct Arena {
@@ -6140,12 +6161,12 @@ class CudaEngine : public Engine {
         for (size_t i = 0; i < s.layers.size(); ++i) {
             const auto& from = s.layers[i];
             auto& to = host.layers[i];
-            if (from.S) read_back(to.S.data(), from.S, int64(to.S.size()));
+            if (from.S) to_host(to.S.data(), from.S, int64(to.S.size()), model.stream);
             else
                 for (int64 b = 0; b < s.B; ++b)
                     for (const auto& part : {std::make_pair(to.k.data(), from.k), std::make_pair(to.v.data(), from.v)})
-                        read_back(part.first + b * s.position * row, part.second + b * s.capacity * row,
-                                  s.position * row);
+                        to_host(part.first + b * s.position * row, part.second + b * s.capacity * row, s.position * row,
+                                model.stream);
         }
         return host;
     }
@@ -6156,11 +6177,9 @@ class CudaEngine : public Engine {
         for (size_t i = 0; i < s->layers.size(); ++i) {
             const auto& from = host->layers[i];
             auto& to = s->layers[i];
-            if (to.S) upload(to.S, from.S.data(), int64(from.S.size()));
-            else {
-                upload(to.k, from.k.data(), int64(from.k.size()));
-                upload(to.v, from.v.data(), int64(from.v.size()));
-            }
+            to_device(to.S, from.S.data(), int64(from.S.size()), model.stream);
+            to_device(to.k, from.k.data(), int64(from.k.size()), model.stream);
+            to_device(to.v, from.v.data(), int64(from.v.size()), model.stream);
         }
         return s;
     }
@@ -6169,69 +6188,50 @@ class CudaEngine : public Engine {
   private:
     mutable Model<A> model;  // copying to the host needs the stream
     size_t bytes() const { return size_t(table.count) * sizeof(float); }
-
-    template <class T>
-    void upload(T* to, const float* from, int64 n) const {
-        if (n == 0) return;
-        Memory staging;
-        staging.resize(size_t(n) * sizeof(float), "a copy");
-        CHECK_CUDA(cudaMemcpyAsync(staging.at(), from, staging.size(), cudaMemcpyHostToDevice, model.stream));
-        launch("convert", convert_kernel<T, float>, ceil_div(n, 256), 256, 0, model.stream, to, staging.at<float>(), n);
-        CHECK_CUDA(cudaStreamSynchronize(model.stream));
-    }
-    template <class T>
-    void read_back(float* to, const T* from, int64 n) const {
-        if (n == 0) return;
-        Memory staging;
-        staging.resize(size_t(n) * sizeof(float), "a copy");
-        launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, model.stream, staging.at<float>(), from,
-               n);
-        CHECK_CUDA(cudaMemcpyAsync(to, staging.at(), staging.size(), cudaMemcpyDeviceToHost, model.stream));
-        CHECK_CUDA(cudaStreamSynchronize(model.stream));
-    }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 14  Twins for tests: the launchers above on host arrays
 // ---------------------------------------------------------------------------------------------------------------------
-// Each rounds its inputs to A, runs the kernels that the model runs, and widens the outputs to float.
+// Each rounds its inputs to A, runs the kernels that the model runs, and widens the outputs to float. What it lends to the
+// launcher stands where the launcher's argument stands: a.out(y, n), f.in(w, n).
 
-// n numbers of type T on the device; `host` may be null (zero). to() brings them back, if they are wanted.
+// Host arrays on the device, as numbers of type T. Where the host has none (null), or none yet (out), they are zeros.
 template <class T>
-class Array {
+class Arrays {
   public:
-    Array(const float* host, int64 count) : n(count) {
-        memory.resize(size_t(std::max<int64>(1, n)) * sizeof(T), "a test");
-        CHECK_CUDA(cudaMemset(memory.at(), 0, memory.size()));
-        if (!host || n == 0) return;
-        Memory staging;
-        staging.resize(size_t(n) * sizeof(float), "a test");
-        CHECK_CUDA(cudaMemcpy(staging.at(), host, staging.size(), cudaMemcpyHostToDevice));
-        launch("convert", convert_kernel<T, float>, ceil_div(n, 256), 256, 0, nullptr, memory.at<T>(),
-               staging.at<float>(), n);
-        CHECK_CUDA(cudaDeviceSynchronize());
+    using Number = T;
+    T* in(const float* host, int64 n) { return place(host, nullptr, n); }
+    T* in(const std::vector<float>& host) { return in(host.data(), int64(host.size())); }
+    T* out(float* host, int64 n) { return place(nullptr, host, n); }
+    T* inout(float* host, int64 n) { return place(host, host, n); }
+    T* scratch(int64 n) { return place(nullptr, nullptr, n); }
+    int32_t* integers(const int32_t* host, int64 n) {
+        int32_t* to = room<int32_t>(n);
+        CHECK_CUDA(cudaMemcpy(to, host, size_t(n) * sizeof(int32_t), cudaMemcpyHostToDevice));
+        return to;
     }
-    operator T*() const { return memory.at<T>(); }
-    void to(float* host) const {
-        if (!host || n == 0) return;
-        Memory staging;
-        staging.resize(size_t(n) * sizeof(float), "a test");
-        launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, nullptr, staging.at<float>(),
-               memory.at<T>(), n);
-        CHECK_CUDA(cudaMemcpy(host, staging.at(), staging.size(), cudaMemcpyDeviceToHost));
+    void bring_back() const {
+        for (const auto& result : results) result();
     }
 
   private:
-    Memory memory;
-    int64 n;
-};
-struct Integers {
-    Memory memory;
-    explicit Integers(const int32_t* host, int64 n) {
-        memory.resize(size_t(n) * sizeof(int32_t), "a test");
-        CHECK_CUDA(cudaMemcpy(memory.at(), host, memory.size(), cudaMemcpyHostToDevice));
+    std::deque<Memory> memory;
+    std::vector<std::function<void()>> results;
+
+    template <class X>
+    X* room(int64 n) {
+        Memory& m = memory.emplace_back();
+        m.resize(size_t(std::max<int64>(1, n)) * sizeof(X), "a test");
+        CHECK_CUDA(cudaMemset(m.at(), 0, m.size()));
+        return m.at<X>();
     }
-    operator int32_t*() const { return memory.at<int32_t>(); }
+    T* place(const float* from, float* back, int64 n) {
+        T* to = room<T>(n);
+        if (from) to_device(to, from, n, nullptr);
+        if (back) results.push_back([=] { to_host(back, to, n, nullptr); });
+        return to;
+    }
 };
 // Calls body with a float or a bf16: in_precision(p, [&](auto a) { using A = decltype(a); ... });
 template <class F>
@@ -6240,275 +6240,200 @@ static void in_precision(Precision p, F body) {
     else body(bf16());
     CHECK_CUDA(cudaDeviceSynchronize());
 }
+// Calls body(a, f): a lends arrays of A, f of fp32.
+template <class F>
+static void twin(Precision p, F body) {
+    in_precision(p, [&](auto number) {
+        Arrays<decltype(number)> a;
+        Arrays<float> f;
+        body(a, f);
+        a.bring_back();
+        f.bring_back();
+    });
+}
 
-void linear_forward(Precision precision, float* y, const float* x, const float* w, int64 rows, int64 in, int64 out) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
+void linear_forward(Precision p, float* y, const float* x, const float* w, int64 rows, int64 in, int64 out) {
+    twin(p, [&](auto& a, auto&) {
         Blas blas;
-        Array<A> yd(nullptr, rows * out), xd(x, rows * in), wd(w, out * in);
-        linear_forward<A, A>(blas, yd, out, xd, wd, rows, in, out, nullptr);
-        yd.to(y);
+        linear_forward(blas, a.out(y, rows * out), out, a.in(x, rows * in), a.in(w, out * in), rows, in, out, nullptr);
     });
 }
-void linear_backward(Precision precision, float* dx, float* dw, const float* dy, const float* x, const float* w,
-                     int64 rows, int64 in, int64 out) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
+void linear_backward(Precision p, float* dx, float* dw, const float* dy, const float* x, const float* w, int64 rows,
+                     int64 in, int64 out) {
+    twin(p, [&](auto& a, auto& f) {
         Blas blas;
-        Array<A> dxd(nullptr, rows * in), dyd(dy, rows * out), xd(x, rows * in), wd(w, out * in);
-        Array<float> dwd(dw, out * in);
-        linear_backward_input<A>(blas, dxd, dyd, out, wd, rows, in, out, 1, nullptr);
-        linear_backward_weight<A>(blas, dwd, dyd, out, xd, rows, in, out, 1, nullptr);
-        dxd.to(dx);
-        dwd.to(dw);
+        auto* d = a.in(dy, rows * out);
+        linear_backward_input(blas, a.out(dx, rows * in), d, out, a.in(w, out * in), rows, in, out, 1, nullptr);
+        linear_backward_weight(blas, f.inout(dw, out * in), d, out, a.in(x, rows * in), rows, in, out, 1, nullptr);
     });
 }
-void embedding_forward(Precision precision, float* x, const int32_t* tokens, const float* embed, int64 rows, int64 D,
-                       int64 V) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> xd(nullptr, rows * D);
-        Array<float> ed(embed, V * D);
-        const Integers td(tokens, rows);
-        embedding_forward<A>(xd, td, ed, rows, D, nullptr);
-        xd.to(x);
+void embedding_forward(Precision p, float* x, const int32_t* tokens, const float* embed, int64 rows, int64 D, int64 V) {
+    twin(p, [&](auto& a, auto& f) {
+        embedding_forward(a.out(x, rows * D), f.integers(tokens, rows), f.in(embed, V * D), rows, D, nullptr);
     });
 }
-void embedding_backward(Precision precision, float* dembed, const float* dx, const int32_t* tokens, int64 rows, int64 D,
+void embedding_backward(Precision p, float* dembed, const float* dx, const int32_t* tokens, int64 rows, int64 D,
                         int64 V) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        std::vector<int32_t> order, start;
-        const int64 distinct = sort_by_token(&order, &start, std::vector<int32_t>(tokens, tokens + rows), V);
-        Array<float> ed(dembed, V * D);
-        Array<A> dxd(dx, rows * D);
-        const Integers td(tokens, rows), od(order.data(), rows), sd(start.data(), distinct + 1);
-        embedding_backward<A>(ed, dxd, td, od, sd, distinct, D, nullptr);
-        ed.to(dembed);
+    std::vector<int32_t> order, start;
+    const int64 distinct = sort_by_token(&order, &start, std::vector<int32_t>(tokens, tokens + rows), V);
+    twin(p, [&](auto& a, auto& f) {
+        embedding_backward(f.inout(dembed, V * D), a.in(dx, rows * D), f.integers(tokens, rows),
+                           f.integers(order.data(), rows), f.integers(start.data(), distinct + 1), distinct, D,
+                           nullptr);
     });
 }
-void residual_norm_forward(Precision precision, float* out, float* u, float* rstd, const float* x, const float* m,
+void residual_norm_forward(Precision p, float* out, float* u, float* rstd, const float* x, const float* m,
                            const float* w_res, const float* w_norm, double eps, const Dropout& dropout, int64 rows,
                            int64 D) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> outd(nullptr, rows * D), ud(nullptr, rows * D), xd(x, rows * D), md(m, rows * D);
-        Array<float> rd(nullptr, rows), wr(w_res, w_res ? D : 0), wn(w_norm, D);
-        residual_norm_forward<A>(m ? (A*)outd : nullptr, ud, rd, xd, m ? (A*)md : nullptr, wr, wn, eps, dropout, rows,
-                                 D, nullptr);
-        if (m) outd.to(out);
-        ud.to(u);
-        rd.to(rstd);
+    twin(p, [&](auto& a, auto& f) {
+        residual_norm_forward(m ? a.out(out, rows * D) : nullptr, a.out(u, rows * D), f.out(rstd, rows),
+                              a.in(x, rows * D), m ? a.in(m, rows * D) : nullptr, f.in(w_res, D), f.in(w_norm, D), eps,
+                              dropout, rows, D, nullptr);
     });
 }
-void norm_residual_backward(Precision precision, float* dx, float* dw_norm, float* dw_res, const float* dout,
-                            const float* du, const float* x, const float* w_res, const float* w_norm, const float* rstd,
-                            int64 rows, int64 D) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> dxd(dout, rows * D), dud(du, rows * D), xd(x, rows * D);
-        Array<float> dwn(dw_norm, D), dwr(dw_res, D), wr(w_res, w_res ? D : 0), wn(w_norm, D), rd(rstd, rows),
-            partial(nullptr, kPartialBlocks * 2 * D);
-        norm_residual_backward<A>(dxd, dwn, dout ? (float*)dwr : nullptr, partial, dout ? (A*)dxd : nullptr, dud, xd,
-                                  wr, wn, rd, rows, D, nullptr);
-        dxd.to(dx);
-        dwn.to(dw_norm);
-        dwr.to(dw_res);
+void norm_residual_backward(Precision p, float* dx, float* dw_norm, float* dw_res, const float* dout, const float* du,
+                            const float* x, const float* w_res, const float* w_norm, const float* rstd, int64 rows,
+                            int64 D) {
+    twin(p, [&](auto& a, auto& f) {
+        auto* d = a.out(dx, rows * D);
+        if (dout) to_device(d, dout, rows * D, nullptr);  // in place
+        norm_residual_backward(d, f.inout(dw_norm, D), dout ? f.inout(dw_res, D) : nullptr,
+                               f.scratch(kPartialBlocks * 2 * D), dout ? d : nullptr, a.in(du, rows * D),
+                               a.in(x, rows * D), f.in(w_res, D), f.in(w_norm, D), f.in(rstd, rows), rows, D, nullptr);
     });
 }
-void dropout_backward(Precision precision, float* dm, const float* dout, const Dropout& dropout, int64 n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> dmd(nullptr, n), doutd(dout, n);
-        dropout_backward<A>(dmd, doutd, dropout, n, nullptr);
-        dmd.to(dm);
-    });
+void dropout_backward(Precision p, float* dm, const float* dout, const Dropout& dropout, int64 n) {
+    twin(p, [&](auto& a, auto&) { dropout_backward(a.out(dm, n), a.in(dout, n), dropout, n, nullptr); });
 }
-void rope(Precision precision, float* x, const ref::RopeTable<float>& table, int64 B, int64 T, int64 H, int64 ld,
-          int64 pos0, bool inverse) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> xd(x, B * T * ld);
-        Array<float> c(table.cos.data(), int64(table.cos.size())), s(table.sin.data(), int64(table.sin.size()));
-        rope<A>(xd, c, s, table.d, B, T, H, ld, pos0, inverse, nullptr);
-        xd.to(x);
+void rope(Precision p, float* x, const ref::RopeTable<float>& table, int64 B, int64 T, int64 H, int64 ld, int64 pos0,
+          bool inverse) {
+    twin(p, [&](auto& a, auto& f) {
+        rope(a.inout(x, B * T * ld), f.in(table.cos), f.in(table.sin), table.d, B, T, H, ld, pos0, inverse, nullptr);
     });
 }
 // q begins its buffer; k and v lie either in the same buffer (k - q elements on) or, if seq_kv is not T * ld_q, in
 // others.
-void attention_forward(Precision precision, float* y, float* lse, const float* q, const float* k, const float* v,
+void attention_forward(Precision p, float* y, float* lse, const float* q, const float* k, const float* v,
                        const AttentionShape& n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
+    twin(p, [&](auto& a, auto& f) {
         const bool together = n.seq_kv == n.T * n.ld_q;
-        Array<A> qd(q, n.B * n.T * n.ld_q), kd(together ? nullptr : k, together ? 0 : n.B * n.seq_kv),
-            vd(together ? nullptr : v, together ? 0 : n.B * n.seq_kv), yd(nullptr, n.B * n.T * n.H * n.P);
-        Array<float> ld(nullptr, n.B * n.T * n.H);
-        attention_forward<A>(yd, ld, qd, together ? qd + (k - q) : (A*)kd, together ? qd + (v - q) : (A*)vd, n,
-                             n.S - n.T, nullptr);
-        yd.to(y);
-        ld.to(lse);
+        auto* at = a.in(q, n.B * n.T * n.ld_q);
+        attention_forward(a.out(y, n.B * n.T * n.H * n.P), f.out(lse, n.B * n.T * n.H), at,
+                          together ? at + (k - q) : a.in(k, n.B * n.seq_kv),
+                          together ? at + (v - q) : a.in(v, n.B * n.seq_kv), n, n.S - n.T, nullptr);
     });
 }
-void attention_backward(Precision precision, float* dq, float* dk, float* dv, const float* dy, const float* q,
-                        const float* k, const float* v, const float* y, const float* lse, const AttentionShape& n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        const int64 rows = n.B * n.T, width = n.H * n.P;
-        Array<A> qd(q, rows * n.ld_q), dqd(nullptr, rows * n.ld_q), dyd(dy, rows * width), yd(y, rows * width);
-        Array<float> ld(lse, rows * n.H), stats(nullptr, 2 * n.B * n.H * padded_stats(n.T));
-        (void)dk;
-        (void)dv;
-        attention_backward<A>(dqd, dqd + (k - q), dqd + (v - q), stats, dyd, qd, qd + (k - q), qd + (v - q), yd, ld, n,
-                              nullptr);
-        dqd.to(dq);
+void attention_backward(Precision p, float* dq, float*, float*, const float* dy, const float* q, const float* k,
+                        const float* v, const float* y, const float* lse, const AttentionShape& n) {
+    twin(p, [&](auto& a, auto& f) {
+        const int64 rows = n.B * n.T, width = n.H * n.P, to_k = k - q, to_v = v - q;
+        auto *at = a.in(q, rows * n.ld_q), *d = a.out(dq, rows * n.ld_q);
+        attention_backward(d, d + to_k, d + to_v, f.scratch(2 * n.B * n.H * padded_stats(n.T)), a.in(dy, rows * width),
+                           at, at + to_k, at + to_v, a.in(y, rows * width), f.in(lse, rows * n.H), n, nullptr);
     });
 }
 void ssd_dt_forward(float* dt, float* dA, const float* dt_raw, const float* dt_bias, const float* A_log, bool decay,
                     int64 rows, int64 H, int64 ld) {
-    Array<float> dtd(nullptr, rows * H), dAd(nullptr, rows * H), raw(dt_raw, rows * ld), bias(dt_bias, H),
-        log(A_log, H);
-    ssd_dt_forward<float>(dtd, dAd, raw, bias, log, decay, rows, H, ld, nullptr);
-    dtd.to(dt);
-    dAd.to(dA);
+    twin(Precision::fp32, [&](auto&, auto& f) {
+        ssd_dt_forward(f.out(dt, rows * H), f.out(dA, rows * H), f.in(dt_raw, rows * ld), f.in(dt_bias, H),
+                       f.in(A_log, H), decay, rows, H, ld, nullptr);
+    });
 }
 void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float* ddt, const float* ddA,
                      const float* dt_raw, const float* dt_bias, const float* A_log, const float* dA, bool decay,
                      int64 rows, int64 H, int64 ld) {
-    Array<float> out(ddt_raw, rows * ld), dbias(ddt_bias, H), dlog(dA_log, H), partial(nullptr, kPartialBlocks * 2 * H),
-        ddtd(ddt, rows * H), ddAd(ddA, rows * H), raw(dt_raw, rows * ld), bias(dt_bias, H), log(A_log, H),
-        dAd(dA, rows * H);
-    ssd_dt_backward<float>(out, dbias, dlog, partial, ddtd, ddAd, raw, bias, log, dAd, decay, rows, H, ld, 0, nullptr);
-    out.to(ddt_raw);
-    dbias.to(ddt_bias);
-    dlog.to(dA_log);
-}
-void ssd_step(Precision precision, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
-              const ref::RopeTable<float>& table, int64 pos, bool decay, const SsdShape& n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> p(proj, n.B * n.ld), yd(nullptr, n.B * n.H * n.P);
-        Array<float> sd(S, n.B * n.H * n.P * n.N), bias(dt_bias, n.H), log(A_log, n.H),
-            cos(table.cos.data(), int64(table.cos.size())), sin(table.sin.data(), int64(table.sin.size()));
-        ssd_step<A>(yd, sd, p, bias, log, cos, sin, decay, n, pos, nullptr);
-        yd.to(Y);
-        sd.to(S);
+    twin(Precision::fp32, [&](auto&, auto& f) {
+        ssd_dt_backward(f.inout(ddt_raw, rows * ld), f.inout(ddt_bias, H), f.inout(dA_log, H),
+                        f.scratch(kPartialBlocks * 2 * H), f.in(ddt, rows * H), f.in(ddA, rows * H),
+                        f.in(dt_raw, rows * ld), f.in(dt_bias, H), f.in(A_log, H), f.in(dA, rows * H), decay, rows, H,
+                        ld, 0, nullptr);
     });
 }
-void attention_step(Precision precision, float* y, float* k_cache, float* v_cache, const float* proj,
+void ssd_step(Precision p, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
+              const ref::RopeTable<float>& table, int64 pos, bool decay, const SsdShape& n) {
+    twin(p, [&](auto& a, auto& f) {
+        ssd_step(a.out(Y, n.B * n.H * n.P), f.inout(S, n.B * n.H * n.P * n.N), a.in(proj, n.B * n.ld),
+                 f.in(dt_bias, n.H), f.in(A_log, n.H), f.in(table.cos), f.in(table.sin), decay, n, pos, nullptr);
+    });
+}
+void attention_step(Precision p, float* y, float* k_cache, float* v_cache, const float* proj,
                     const ref::RopeTable<float>& table, int64 past, int64 splits, const AttentionShape& n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> p(proj, n.B * n.ld_q), k(k_cache, n.B * n.seq_kv), v(v_cache, n.B * n.seq_kv),
-            yd(nullptr, n.B * n.H * n.P);
-        Array<float> cos(table.cos.data(), int64(table.cos.size())), sin(table.sin.data(), int64(table.sin.size())),
-            partial(nullptr, n.B * n.H * splits * (n.P + 2));
-        attention_step<A>(yd, partial, k, v, p, cos, sin, n, past, splits, nullptr);
-        yd.to(y);
-        k.to(k_cache);
-        v.to(v_cache);
+    twin(p, [&](auto& a, auto& f) {
+        attention_step(a.out(y, n.B * n.H * n.P), f.scratch(n.B * n.H * splits * (n.P + 2)),
+                       a.inout(k_cache, n.B * n.seq_kv), a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q),
+                       f.in(table.cos), f.in(table.sin), n, past, splits, nullptr);
     });
 }
 // RoPE's table on the device; null: none. It needs kSsdRopeRows positions.
-struct Angles {
-    Array<float> cos, sin;
-    int64 pos0;
-    Angles(const ref::RopeTable<float>* t, int64 before)
-        : cos(t ? t->cos.data() : nullptr, t ? int64(t->cos.size()) : 0),
-          sin(t ? t->sin.data() : nullptr, t ? int64(t->sin.size()) : 0),
-          pos0(t ? before : -1) {}
-    operator SsdRope() const { return {pos0 < 0 ? nullptr : (float*)cos, sin, std::max<int64>(0, pos0)}; }
-};
-void ssd_chunked_forward(Precision precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
+static SsdRope angles(Arrays<float>& f, const ref::RopeTable<float>* table, int64 pos0) {
+    if (!table) return {nullptr, nullptr, 0};
+    return {f.in(table->cos), f.in(table->sin), pos0};
+}
+void ssd_chunked_forward(Precision p, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
                          const float* dt, const float* dA, const float* S_0, const ref::RopeTable<float>* table,
                          int64 pos0, const SsdShape& n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
+    twin(p, [&](auto& a, auto& f) {
+        using A = typename std::remove_reference_t<decltype(a)>::Number;
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N;
-        Array<A> p(sc, rows * n.ld), yd(nullptr, rows * n.H * n.P);
-        Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), st(nullptr, states);
         const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
-        Array<float> scratch(nullptr, ssd_scratch(n, tiles));
-        float* last = S_T == S_0 ? s0 : st;  // in place
-        ssd_forward<A>(yd, last, nullptr, scratch, p, p + (sb - sc), p + (sx - sc), dtd, dAd,
-                       S_0 ? (float*)s0 : nullptr, Angles(table, pos0), n, tiles, nullptr);
-        CHECK_CUDA(cudaDeviceSynchronize());  // before the angles are freed
-        yd.to(Y);
-        (S_T == S_0 ? s0 : st).to(S_T);
+        const A* at = a.in(sc, rows * n.ld);
+        float* last = f.out(S_T, states);
+        if (S_T == S_0 && S_0) to_device(last, S_0, states, nullptr);  // in place
+        const float* first = !S_0 ? nullptr : S_T == S_0 ? last : f.in(S_0, states);
+        ssd_forward<A>(a.out(Y, rows * n.H * n.P), last, nullptr, f.scratch(ssd_scratch(n, tiles)), at, at + (sb - sc),
+                       at + (sx - sc), f.in(dt, rows * n.H), f.in(dA, rows * n.H), first, angles(f, table, pos0), n,
+                       tiles, nullptr);
     });
 }
-void ssd_chunked_backward(Precision precision, float* dsc, float* ddt, float* ddA, float* dS_0, const float* dY,
+void ssd_chunked_backward(Precision p, float* dsc, float* ddt, float* ddA, float* dS_0, const float* dY,
                           const float* dS_T, const float* sc, const float* sb, const float* sx, const float* dt,
                           const float* dA, const float* S_0, const ref::RopeTable<float>* table, int64 pos0,
                           const SsdShape& n) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        const Angles angles(table, pos0);
-        const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
+    twin(p, [&](auto& a, auto& f) {
+        using A = typename std::remove_reference_t<decltype(a)>::Number;
         const int64 rows = n.B * n.T, states = n.B * n.H * n.P * n.N, b = sb - sc, x = sx - sc;
-        Array<A> p(sc, rows * n.ld), d(nullptr, rows * n.ld), yd(nullptr, rows * n.H * n.P), dYd(dY, rows * n.H * n.P);
-        Array<float> dtd(dt, rows * n.H), dAd(dA, rows * n.H), s0(S_0, states), ds0(nullptr, states), dst(dS_T, states),
-            ddtd(nullptr, rows * n.H), ddAd(nullptr, rows * n.H), scratch(nullptr, ssd_scratch(n, tiles));
-        Array<A> kept(nullptr, states * ssd_chunks(tiles, n.T));
-        ssd_forward<A>(yd, nullptr, kept, scratch, p, p + b, p + x, dtd, dAd, S_0 ? (float*)s0 : nullptr, angles, n,
-                       tiles, nullptr);
-        ssd_backward<A>(d, d + b, d + x, ddtd, ddAd, ds0, scratch, dYd, dS_T ? (float*)dst : nullptr, p, p + b, p + x,
-                        dtd, dAd, kept, angles, n, tiles, nullptr);
-        d.to(dsc);
-        ddtd.to(ddt);
-        ddAd.to(ddA);
-        ds0.to(dS_0);
+        const SsdTiles tiles = ssd_tiles<A>(n.N, n.P);
+        const SsdRope rope = angles(f, table, pos0);
+        const A* at = a.in(sc, rows * n.ld);
+        A *d = a.out(dsc, rows * n.ld), *kept = a.scratch(states * ssd_chunks(tiles, n.T));
+        float *scratch = f.scratch(ssd_scratch(n, tiles)), *step = f.in(dt, rows * n.H), *log = f.in(dA, rows * n.H);
+        ssd_forward<A>(a.scratch(rows * n.H * n.P), nullptr, kept, scratch, at, at + b, at + x, step, log,
+                       S_0 ? f.in(S_0, states) : nullptr, rope, n, tiles, nullptr);
+        ssd_backward<A>(d, d + b, d + x, f.out(ddt, rows * n.H), f.out(ddA, rows * n.H), f.out(dS_0, states), scratch,
+                        a.in(dY, rows * n.H * n.P), dS_T ? f.in(dS_T, states) : nullptr, at, at + b, at + x, step, log,
+                        kept, rope, n, tiles, nullptr);
     });
 }
-void swiglu_forward(Precision precision, float* h, const float* gate_up, int64 rows, int64 F) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> hd(nullptr, rows * F), g(gate_up, rows * 2 * F);
-        swiglu_forward<A>(hd, g, rows, F, nullptr);
-        hd.to(h);
+void swiglu_forward(Precision p, float* h, const float* gate_up, int64 rows, int64 F) {
+    twin(p, [&](auto& a, auto&) { swiglu_forward(a.out(h, rows * F), a.in(gate_up, rows * 2 * F), rows, F, nullptr); });
+}
+void swiglu_backward(Precision p, float* dgate_up, const float* dh, const float* gate_up, int64 rows, int64 F) {
+    twin(p, [&](auto& a, auto&) {
+        swiglu_backward(a.out(dgate_up, rows * 2 * F), a.in(dh, rows * F), a.in(gate_up, rows * 2 * F), rows, F,
+                        nullptr);
     });
 }
-void swiglu_backward(Precision precision, float* dgate_up, const float* dh, const float* gate_up, int64 rows, int64 F) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> d(nullptr, rows * 2 * F), dh_h(dh, rows * F), g(gate_up, rows * 2 * F);
-        swiglu_backward<A>(d, dh_h, g, rows, F, nullptr);
-        d.to(dgate_up);
-    });
-}
-void gate_up_forward(Precision precision, float* h, float* gate_up, const float* x, const float* w, int64 rows, int64 D,
+void gate_up_forward(Precision p, float* h, float* gate_up, const float* x, const float* w, int64 rows, int64 D,
                      int64 F) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
+    twin(p, [&](auto& a, auto&) {
         Blas blas;
-        Array<A> hd(nullptr, rows * F), g(nullptr, rows * 2 * F), xd(x, rows * D), wd(w, 2 * F * D);
-        gate_up_forward<A>(blas, hd, g, xd, wd, rows, D, F, nullptr);
-        hd.to(h);
-        g.to(gate_up);
+        gate_up_forward(blas, a.out(h, rows * F), a.out(gate_up, rows * 2 * F), a.in(x, rows * D), a.in(w, 2 * F * D),
+                        rows, D, F, nullptr);
     });
 }
-void down_backward(Precision precision, float* dgate_up, float* h, const float* dy, const float* gate_up,
-                   const float* w_down, int64 rows, int64 D, int64 F) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
+void down_backward(Precision p, float* dgate_up, float* h, const float* dy, const float* gate_up, const float* w_down,
+                   int64 rows, int64 D, int64 F) {
+    twin(p, [&](auto& a, auto&) {
         Blas blas;
-        Array<A> d(nullptr, rows * 2 * F), hd(nullptr, rows * F), dyd(dy, rows * D), g(gate_up, rows * 2 * F),
-            wd(w_down, D * F);
-        down_backward<A>(blas, d, hd, dyd, g, wd, rows, D, F, nullptr);
-        d.to(dgate_up);
-        hd.to(h);
+        down_backward(blas, a.out(dgate_up, rows * 2 * F), a.out(h, rows * F), a.in(dy, rows * D),
+                      a.in(gate_up, rows * 2 * F), a.in(w_down, D * F), rows, D, F, nullptr);
     });
 }
 // Rows of logits are padded8(V) apart; they become the gradient of the sum of the losses.
-void cross_entropy(Precision precision, float* losses, float* logits, const int32_t* targets, int64 rows, int64 V) {
-    in_precision(precision, [&](auto a) {
-        using A = decltype(a);
-        Array<A> z(logits, rows * padded8(V));
-        Array<float> l(nullptr, rows);
-        const Integers t(targets, rows);
-        cross_entropy<A>(l, z, t, rows, V, true, nullptr);
-        z.to(logits);
-        l.to(losses);
+void cross_entropy(Precision p, float* losses, float* logits, const int32_t* targets, int64 rows, int64 V) {
+    twin(p, [&](auto& a, auto& f) {
+        cross_entropy(f.out(losses, rows), a.inout(logits, rows * padded8(V)), f.integers(targets, rows), rows, V, true,
+                      nullptr);
     });
 }
 
@@ -6610,10 +6535,12 @@ static void randomize(A* x, int64 n, float low = -1, float high = 1) {
     if (n > 0) launch("random", random_kernel<A>, ceil_div(n, 256), 256, 0, nullptr, x, n, low, high);
 }
 template <class A>
-struct Random : Array<A> {
-    explicit Random(int64 count, float low = -1, float high = 1) : Array<A>(nullptr, count) {
-        randomize<A>(*this, count, low, high);
+struct Random : Memory {
+    explicit Random(int64 n, float low = -1, float high = 1) {
+        resize(size_t(n) * sizeof(A), "a test");
+        randomize(at<A>(), n, low, high);
     }
+    operator A*() const { return at<A>(); }
 };
 
 // y = x, four times 16 bytes per thread; n is a multiple of 1024.
