@@ -5003,6 +5003,11 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
 // 12  The model
 // ---------------------------------------------------------------------------------------------------------------------
 
+struct MemoryInfo {
+    size_t free = 0, total = 0;
+    MemoryInfo() { CHECK_CUDA(cudaMemGetInfo(&free, &total)); }
+};
+
 // Device memory that frees itself.
 class Memory {
   public:
@@ -5021,10 +5026,8 @@ class Memory {
         if (cudaMalloc(&base, n) != cudaSuccess) {
             cudaGetLastError();
             base = nullptr;
-            size_t free = 0, total = 0;
-            cudaMemGetInfo(&free, &total);
             fail("GPU: %s needs %s, %s are free; a smaller --batch, --seq-len or model needs less", what,
-                 byte_text(double(n)).c_str(), byte_text(double(free)).c_str());
+                 byte_text(double(n)).c_str(), byte_text(double(MemoryInfo().free)).c_str());
         }
         bytes = n;
     }
@@ -5246,6 +5249,12 @@ class Model {
         return {dropout_on ? config.dropout : 0.0, dropout_key, uint32_t(2 * layer + half)};
     }
     const Matrix& matrix(Param p, int64 layer) const { return matrices.at({layer, p}); }
+    // Of a layer's mixer: [q|k|v] or [C|B|X|dt], and that of its outputs. Of the model: the head.
+    const Matrix& mixer_in(int64 i) const { return matrix(config.is_attention(i) ? Param::q_proj : Param::c_proj, i); }
+    const Matrix& mixer_out(int64 i) const {
+        return matrix(config.is_attention(i) ? Param::o_proj : Param::out_proj, i);
+    }
+    const Matrix& head() const { return matrix(config.tie ? Param::word_embed : Param::lm_head, -1); }
     const A* data(const Matrix& x) const {
         return kCopy ? copy.at<A>() + x.copy : reinterpret_cast<const A*>(buffers[0].at<float>() + x.master);
     }
@@ -5306,9 +5315,10 @@ class Model {
               float scale);
     void see_rotated(const char* kind, int64 layer, const A* proj, int64 ld);
     void see_dt_gradient(int64 layer);
-    std::vector<float> on_host(const float* from, int64 n) const {
-        std::vector<float> v(static_cast<size_t>(n));
-        CHECK_CUDA(cudaMemcpyAsync(v.data(), from, v.size() * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    template <class X>
+    std::vector<X> on_host(const X* from, int64 n) const {
+        std::vector<X> v(static_cast<size_t>(n));
+        CHECK_CUDA(cudaMemcpyAsync(v.data(), from, v.size() * sizeof(X), cudaMemcpyDeviceToHost, stream));
         CHECK_CUDA(cudaStreamSynchronize(stream));
         return v;
     }
@@ -5467,8 +5477,7 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
     if (plan.used > activations.size()) {
         CHECK_CUDA(cudaStreamSynchronize(stream));
         activations.reset();
-        size_t free = 0, total = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free, &total));
+        const size_t free = MemoryInfo().free;
         if (plan.used > free) {
             int64 fits = 0, too_many = batch;  // bisect for the largest batch that fits
             while (too_many - fits > 1) {
@@ -5502,24 +5511,17 @@ void Model<A>::extend_rope(int64 positions) {
     CHECK_CUDA(cudaStreamSynchronize(stream));
     ++layout_count;
     rope_positions = 0;  // should there be no memory
+    const std::pair<float**, const std::vector<float>&> parts[] = {
+        {&cos_qk, qk.cos}, {&sin_qk, qk.sin}, {&cos_cb, cb.cos}, {&sin_cb, cb.sin}};
     Arena plan;
-    for (int pass = 0; pass < 2; ++pass) {
-        plan.take(&cos_qk, int64(qk.cos.size()));
-        plan.take(&sin_qk, int64(qk.cos.size()));
-        plan.take(&cos_cb, int64(cb.cos.size()));
-        plan.take(&sin_cb, int64(cb.cos.size()));
-        if (pass == 0) {
-            rope_memory.resize(plan.used, "the table of positions");
-            plan = {rope_memory.at(), 0};
-        }
+    for (const auto& part : parts) plan.take(part.first, int64(part.second.size()));
+    rope_memory.resize(plan.used, "the table of positions");
+    plan = {rope_memory.at(), 0};
+    for (const auto& part : parts) {
+        const size_t n = part.second.size();
+        plan.take(part.first, int64(n));
+        CHECK_CUDA(cudaMemcpy(*part.first, part.second.data(), n * sizeof(float), cudaMemcpyHostToDevice));
     }
-    const auto upload = [](float* to, const std::vector<float>& from) {
-        CHECK_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(float), cudaMemcpyHostToDevice));
-    };
-    upload(cos_qk, qk.cos);
-    upload(sin_qk, qk.sin);
-    upload(cos_cb, cb.cos);
-    upload(sin_cb, cb.sin);
     rope_positions = qk.positions;
 }
 
@@ -5553,13 +5555,10 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         CHECK_CUDA(cudaMemcpyAsync(to, from, size_t(n) * sizeof(int32_t), cudaMemcpyHostToDevice, stream));
     };
     upload(tokens, tokens_in, rows);
-    if (targets_in) {
-        upload(targets, targets_in, rows);
-    }
+    if (targets_in) upload(targets, targets_in, rows);
     if (profile) profile->mark("upload", stream);
 
     layers_forward(state, pos0);
-    const Matrix& head = matrix(c.tie ? Param::word_embed : Param::lm_head, -1);
     if (state) {
         state->position += length;
         const A* u = u_final;
@@ -5572,8 +5571,8 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         }
         for (int64 r0 = 0; r0 < n; r0 += head_rows) {
             const int64 part = std::min(head_rows, n - r0);
-            linear(logits32, u + r0 * D, head, part);
-            CHECK_CUDA(cudaMemcpy2DAsync(host_logits + r0 * c.V, size_t(c.V) * 4, logits32, size_t(head.ld) * 4,
+            linear(logits32, u + r0 * D, head(), part);
+            CHECK_CUDA(cudaMemcpy2DAsync(host_logits + r0 * c.V, size_t(c.V) * 4, logits32, size_t(head().ld) * 4,
                                          size_t(c.V) * 4, size_t(part), cudaMemcpyDeviceToHost, stream));
         }
         CHECK_CUDA(cudaStreamSynchronize(stream));
@@ -5582,8 +5581,8 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     if (!targets_in) return 0;
     for (int64 r0 = 0; r0 < rows; r0 += head_rows) {
         const int64 part = std::min(head_rows, rows - r0);
-        linear(logits, u_final + r0 * D, head, part);
-        if (head_rows == rows) see(-1, "logits", logits, {B, T, c.V}, head.ld);
+        linear(logits, u_final + r0 * D, head(), part);
+        if (head_rows == rows) see(-1, "logits", logits, {B, T, c.V}, head().ld);
         cross_entropy(losses + r0, logits, targets + r0, part, c.V, head_rows == rows, stream);
     }
     see(-1, "losses", losses, {B, T});
@@ -5592,10 +5591,9 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     distinct = sort_by_token(&host_order, &host_start, std::vector<int32_t>(tokens_in, tokens_in + rows), c.V);
     upload(order, host_order.data(), rows);
     upload(start, host_start.data(), distinct + 1);
-    const std::vector<float> host = on_host(losses, rows);
-    has_targets = true;
     double total = 0;
-    for (const float l : host) total += double(l);
+    for (const float l : on_host(losses, rows)) total += double(l);
+    has_targets = true;
     return total / double(rows);
 }
 
@@ -5635,7 +5633,7 @@ void Model<A>::layer_forward(int64 i, CudaState<A>* state, Position before, A* h
     LayerActivations<A>& a = layers[size_t(i)];
     const int64 rows = B * T, D = c.D, F = c.F;
     mixer_forward(i, state, before);
-    linear(m, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
+    linear(m, a.y, mixer_out(i), rows);
     see(i, c.is_attention(i) ? "attn.out" : "ssd.out", m, {B, T, D});
     residual_norm_forward(a.x_mid, a.u2, a.rstd2, a.x, m, w(Param::res1, i), w(Param::norm2, i), c.norm_eps,
                           dropout(i, 0), rows, D, stream);
@@ -5796,13 +5794,12 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     LayerActivations<A>& a = layers[size_t(i)];
     typename CudaState<A>::Layer* past = state ? &state->layers[size_t(i)] : nullptr;
     const int64 rows = B * T, H = c.H, N = c.N, P = c.P();
-    const bool attention = c.is_attention(i);
-    const Matrix& projection = matrix(attention ? Param::q_proj : Param::c_proj, i);
+    const Matrix& projection = mixer_in(i);
     const int64 ld = projection.ld;
     linear(a.proj, a.u1, projection, rows);
     if (probe) see_rotated("", i, a.proj, ld);
     if (past && T == 1) return decode_mixer(i, state, before);
-    if (attention) {
+    if (c.is_attention(i)) {
         A *q = a.proj, *k = q + H * P, *v = k + c.Hkv * P;
         rope(q, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, before, false, stream);  // q and k are neighbours
         AttentionShape n{B, T, before.value + T, H, c.Hkv, P, ld, ld, T * ld};
@@ -5842,15 +5839,14 @@ void Model<A>::backward(double scale) {
     if (!has_targets) fail("backward needs a forward with targets before it, each time");
     has_targets = false;  // logits now hold their gradient: a second backward would be wrong
     buffer(Buffer::gradients);
-    const Matrix& head = matrix(c.tie ? Param::word_embed : Param::lm_head, -1);
     for (int64 r0 = 0; r0 < rows; r0 += head_rows) {
         const int64 part = std::min(head_rows, rows - r0);
         if (head_rows < rows) {  // they were overwritten by those of the next part
-            linear(logits, u_final + r0 * D, head, part);
+            linear(logits, u_final + r0 * D, head(), part);
             cross_entropy(losses + r0, logits, targets + r0, part, c.V, true, stream);
         }
-        if (head_rows == rows) see_gradient(-1, "logits", logits, {B, T, c.V}, head.ld, float(scale / double(rows)));
-        linear_backward(du + r0 * D, logits, u_final + r0 * D, head, part, float(scale / double(rows)));
+        if (head_rows == rows) see_gradient(-1, "logits", logits, {B, T, c.V}, head().ld, float(scale / double(rows)));
+        linear_backward(du + r0 * D, logits, u_final + r0 * D, head(), part, float(scale / double(rows)));
     }
     see_gradient(-1, "final_norm", du, {B, T, D});
     norm_residual_backward<A>(dx, g(Param::final_norm), nullptr, partial, nullptr, du, x_final, nullptr,
@@ -5880,7 +5876,7 @@ void Model<A>::backward(double scale) {
         // x_mid = res1 * x + dropout(W_o mixer(rmsnorm(x)))
         if (dropout_on) dropout_backward(dm, dx, dropout(i, 0), rows * D, stream);
         see_gradient(i, c.is_attention(i) ? "attn.out" : "ssd.out", d, {B, T, D});
-        linear_backward(dy, d, a.y, matrix(c.is_attention(i) ? Param::o_proj : Param::out_proj, i), rows);
+        linear_backward(dy, d, a.y, mixer_out(i), rows);
         mixer_backward(i);
         see_gradient(i, "norm1", du, {B, T, D});
         norm_residual_backward(dx, g(Param::norm1, i), g(Param::res1, i), partial, dx, du, a.x, w(Param::res1, i),
@@ -5896,11 +5892,10 @@ void Model<A>::mixer_backward(int64 i) {
     const Config& c = config;
     LayerActivations<A>& a = layers[size_t(i)];
     const int64 rows = B * T, H = c.H, N = c.N, P = c.P();
-    const bool attention = c.is_attention(i);
-    const Matrix& projection = matrix(attention ? Param::q_proj : Param::c_proj, i);
+    const Matrix& projection = mixer_in(i);
     const int64 ld = projection.ld, pad = ld - projection.out;
     A *d = dproj, *proj = a.proj;
-    if (attention) {
+    if (c.is_attention(i)) {
         const int64 k = H * P, v = k + c.Hkv * P;
         const AttentionShape n{B, T, T, H, c.Hkv, P, ld, ld, T * ld};
         see_gradient(i, "attn.y", dy, {B, T, H, P});
@@ -5996,11 +5991,8 @@ double Model<A>::gradient_norm() {
     if (scratch.size() == 0) scratch.resize(size_t(blocks) * sizeof(double), "a sum");
     launch("gradient_norm", sum_of_squares_kernel, blocks, 256, 0, stream, scratch.at<double>(),
            buffer(Buffer::gradients), table.count, block);
-    std::vector<double> sums(static_cast<size_t>(blocks));
-    CHECK_CUDA(cudaMemcpyAsync(sums.data(), scratch.at(), scratch.size(), cudaMemcpyDeviceToHost, stream));
-    CHECK_CUDA(cudaStreamSynchronize(stream));
     double total = 0;
-    for (const double s : sums) total += s;
+    for (const double s : on_host(scratch.at<double>(), blocks)) total += s;
     return std::sqrt(total);
 }
 
@@ -6013,37 +6005,24 @@ void Model<A>::update(const AdamW& o, double lr, int64 step, double grad_scale) 
 
 template <class A>
 std::string Model<A>::find_non_finite() {
+    using Index = unsigned long long;
     Memory where;
-    where.resize(sizeof(unsigned long long), "an index");
-    // The index of the first bad number among rows x width, -1 if there is none.
-    const auto first_bad = [&](const auto* v, int64 rows, int64 width, int64 ld) -> int64 {
-        using T_ = std::remove_cv_t<std::remove_pointer_t<decltype(v)>>;
-        CHECK_CUDA(cudaMemsetAsync(where.at(), 0xFF, sizeof(unsigned long long), stream));
-        launch("find_non_finite", first_bad_kernel<T_>, 1024, 256, 0, stream, where.at<unsigned long long>(), v, rows,
-               width, ld);
-        unsigned long long i = 0;
-        CHECK_CUDA(cudaMemcpyAsync(&i, where.at(), sizeof i, cudaMemcpyDeviceToHost, stream));
-        CHECK_CUDA(cudaStreamSynchronize(stream));
-        return i == ~0ull ? -1 : int64(i);
-    };
+    where.resize(sizeof(Index), "an index");
     std::string bad;
     const auto look = [&](const std::string& name, const auto* v, int64 rows, int64 width, int64 ld) {
         if (!bad.empty() || !v) return;
-        const int64 i = first_bad(v, rows, width, ld);
-        if (i < 0) return;
-        typename std::remove_cv_t<std::remove_pointer_t<decltype(v)>> raw;
-        CHECK_CUDA(cudaMemcpy(&raw, v + i / width * ld + i % width, sizeof raw, cudaMemcpyDeviceToHost));
-        float value;
-        if constexpr (sizeof raw == 4) value = raw;
-        else value = __bfloat162float(raw);
-        bad = format("%s, element %lld, is %s", name.c_str(), (long long)i, std::isnan(value) ? "nan" : "infinite");
+        CHECK_CUDA(cudaMemsetAsync(where.at(), 0xFF, where.size(), stream));
+        launch("find_non_finite", first_bad_kernel<std::remove_cv_t<std::remove_pointer_t<decltype(v)>>>, 1024, 256, 0,
+               stream, where.at<Index>(), v, rows, width, ld);
+        const Index i = on_host(where.at<Index>(), 1)[0];
+        if (i == ~Index(0)) return;
+        const float value = float(on_host(v + int64(i) / width * ld + int64(i) % width, 1)[0]);
+        bad = format("%s, element %llu, is %s", name.c_str(), i, std::isnan(value) ? "nan" : "infinite");
     };
     const auto look_parameters = [&](Buffer which, const char* what) {
-        if (!bad.empty() || !has(which)) return;
-        const int64 i = first_bad(buffer(which), 1, table.count, table.count);
-        if (i < 0) return;
-        const ParamSpec& s = table.at(i);
-        look(format("%s %s", what, s.name.c_str()), buffer(which) + s.offset, 1, s.count, s.count);
+        if (!has(which)) return;
+        for (const ParamSpec& x : table.specs)
+            look(format("%s %s", what, x.name.c_str()), buffer(which) + x.offset, 1, x.count, x.count);
     };
     look_parameters(Buffer::weights, "weight");
     if (carved == 1) {
@@ -6051,13 +6030,12 @@ std::string Model<A>::find_non_finite() {
         for (size_t i = 0; i < layers.size(); ++i) {
             const LayerActivations<A>& a = layers[i];
             if (recompute) remake(int64(i));  // to be looked at: only inputs were kept
-            const bool attention = config.is_attention(int64(i));
-            const Matrix& projection = matrix(attention ? Param::q_proj : Param::c_proj, int64(i));
+            const Matrix& projection = mixer_in(int64(i));
             const std::string at = format("activation layers.%zu ", i);
             look(at + "input", a.x, rows, D, D);
             look(at + "norm1 output", a.u1, rows, D, D);
             look(at + "mixer projection", a.proj, rows, projection.out, projection.ld);
-            if (!attention) {
+            if (!config.is_attention(int64(i))) {
                 const int64 H = config.H, PN = config.P() * config.N;
                 look(at + "dt", a.dt, rows, H, H);
                 look(at + "chunk state", a.chunk_states, B * H * ssd_chunks(tiles, T), PN, PN);
@@ -6107,11 +6085,10 @@ class CudaEngine : public Engine {
     std::string plan(int64 B, int64 T) override {
         const double fixed = (16 + (Model<A>::kCopy ? 2 : 0)) * double(table.count),
                      kept = double(model.bytes_for(B, T));
-        size_t free = 0, total = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free, &total));
         return format("%s for %lld x %lld tokens (weights, gradients and moments %s, activations %s%s), the GPU has %s",
                       byte_text(fixed + kept).c_str(), (long long)B, (long long)T, byte_text(fixed).c_str(),
-                      byte_text(kept).c_str(), model.recompute ? ", recomputed" : "", byte_text(double(total)).c_str());
+                      byte_text(kept).c_str(), model.recompute ? ", recomputed" : "",
+                      byte_text(double(MemoryInfo().total)).c_str());
     }
     void write(Buffer which, const float* host) override {
         CHECK_CUDA(cudaMemcpyAsync(model.buffer(which), host, bytes(), cudaMemcpyHostToDevice, model.stream));
