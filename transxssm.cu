@@ -6070,16 +6070,20 @@ static double data_sheet_peak(const std::string& name) {
     return 0;
 }
 
+static std::string gpu_name() {
+    int index = 0;
+    cudaDeviceProp p;
+    CHECK_CUDA(cudaGetDevice(&index));
+    CHECK_CUDA(cudaGetDeviceProperties(&p, index));
+    return p.name;
+}
+
 template <class A>
 class CudaEngine : public Engine {
   public:
     CudaEngine(const Config& c, bool recompute) : Engine(c), model(c, recompute) {}
     std::string device() const override {
-        int index = 0;
-        cudaDeviceProp p;
-        CHECK_CUDA(cudaGetDevice(&index));
-        CHECK_CUDA(cudaGetDeviceProperties(&p, index));
-        return format("%s, %s", p.name, std::is_same<A, float>::value ? "fp32" : "bf16");
+        return format("%s, %s", gpu_name().c_str(), std::is_same<A, float>::value ? "fp32" : "bf16");
     }
     double peak() const override { return std::is_same<A, float>::value ? 0 : data_sheet_peak(device()); }
     std::string plan(int64 B, int64 T) override {
@@ -6416,44 +6420,38 @@ void cross_entropy(Precision p, float* losses, float* logits, const int32_t* tar
 
 // "" if there is a GPU that this program can use, else why not.
 std::string problem() {
-    int count = 0, driver = 0;
+    struct Forget {
+        ~Forget() { cudaGetLastError(); }  // so that the next call does not report it again
+    } forget;
+    int count = 0, driver = 0, device = 0, major = 0, minor = 0;
     const cudaError_t e = cudaGetDeviceCount(&count);
     if (e == cudaErrorInsufficientDriver) {
-        cudaGetLastError();
         cudaDriverGetVersion(&driver);
         if (driver == 0) return "no NVIDIA driver is installed";
         return format("the NVIDIA driver is too old: it supports CUDA %d.%d, this program was built with %d.%d",
                       driver / 1000, driver % 100 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 100 / 10);
     }
-    if (e == cudaErrorNoDevice || (e == cudaSuccess && count == 0)) {
-        cudaGetLastError();
-        return "no NVIDIA GPU was found";
-    }
-    if (e != cudaSuccess) {
-        cudaGetLastError();
-        return std::string("the GPU cannot be used: ") + cudaGetErrorString(e);
-    }
-    int device = 0, major = 0, minor = 0;
+    if (e == cudaErrorNoDevice || (e == cudaSuccess && count == 0)) return "no NVIDIA GPU was found";
+    if (e != cudaSuccess) return std::string("the GPU cannot be used: ") + cudaGetErrorString(e);
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-        cudaGetLastError();
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
         return "the GPU cannot be asked what it is";
-    }
     if (major < 8) return format("the GPU is too old: compute capability %d.%d, at least 8.0 is needed", major, minor);
     cudaFuncAttributes f;
-    if (cudaFuncGetAttributes(&f, add_partials_kernel) != cudaSuccess) {
-        cudaGetLastError();
+    if (cudaFuncGetAttributes(&f, add_partials_kernel) != cudaSuccess)
         return format("this program was built for other GPUs: rebuild with make CUDA_ARCH=sm_%d%d", major, minor);
-    }
     return "";
+}
+static void need_gpu(const char* who) {
+    const std::string why_not = problem();
+    if (!why_not.empty()) fail("%s: %s", who, why_not.c_str());
 }
 
 }  // namespace cuda
 
 std::unique_ptr<Engine> make_cuda_engine(const Config& c, Precision precision, bool recompute) {
-    const std::string problem = cuda::problem();
-    if (!problem.empty()) fail("GPU: %s", problem.c_str());
+    cuda::need_gpu("GPU");
     if (precision == Precision::fp32) return std::make_unique<cuda::CudaEngine<float>>(c, recompute);
     return std::make_unique<cuda::CudaEngine<cuda::bf16>>(c, recompute);
 }
@@ -6466,6 +6464,11 @@ std::unique_ptr<Engine> make_cuda_engine(const Config& c, Precision precision, b
 // and writes every output once; operations are the model's own (flops_per_token), whatever the kernels do.
 
 namespace cuda {
+
+static Precision precision_of(const std::string& name) {
+    if (name != "bf16" && name != "fp32") usage_error("--precision: '%s' is not bf16 or fp32", name.c_str());
+    return name == "fp32" ? Precision::fp32 : Precision::bf16;
+}
 
 // ---- Measuring -------------------------------------------------------------------------------------------------------
 
@@ -6529,20 +6532,30 @@ __global__ void copy_kernel(float4* y, const float4* x) {
 
 // ---- The cases -------------------------------------------------------------------------------------------------------
 
+struct BenchSettings {  // what the options set
+    std::string preset_name, precision = "bf16", csv, svg;
+    Config config;
+    int64 repeats = 10, decode_tokens = 128;
+    int64 B = 4, T = 0, prompt = 64, decode_batch = 1;  // without a case
+    std::string models = "all", lengths = "512,1024,2048,4096,8192,16384,32768,65536";
+    std::string contexts = "512,4096,16384,65536", batches = "1,8,64";
+    int64 step_tokens = 65536;
+    bool recompute = false;
+};
+
 class Bench {
   public:
-    std::string preset_name;
-    Config config;
-    Precision precision = Precision::bf16;
-    bool recompute = false;
+    const BenchSettings s;
+    const Precision precision;
     std::vector<std::string> families = {"hybrid"};
     std::vector<int64> lengths, contexts, batches;  // of train, prefill, ssd and attention; of decode
-    int64 step_tokens = 0, repeats = 0, decode_tokens = 0;
     std::vector<BenchRow> rows;
 
+    Bench(const BenchSettings& settings, Precision p) : s(settings), precision(p) {}
     void run(const std::string& kind);
 
   private:
+    const Config& config = s.config;
     double copy_rate = 0, gemm_rate = 0;  // the ceilings, per second
     std::vector<int32_t> tokens;
 
@@ -6553,8 +6566,13 @@ class Bench {
         if (name == "ssm") c.attn_period = 0;
         return c;
     }
+    static int64 attention_layers(const Config& c) {
+        int64 n = 0;
+        for (int64 i = 0; i < c.L; ++i) n += c.is_attention(i);
+        return n;
+    }
     std::unique_ptr<Engine> start(const Config& c) const {
-        auto engine = make_cuda_engine(c, precision, recompute);
+        auto engine = make_cuda_engine(c, precision, s.recompute);
         engine->write(Buffer::weights, initial_weights(c, 1).data());
         return engine;
     }
@@ -6566,6 +6584,8 @@ class Bench {
     void launches(const char* kind, const std::string& model, int64 B, int64 T, const std::function<void()>& step);
     void prefill(const std::string& name);
     void decode(const std::string& name);
+    template <class F>
+    void layer(const char* kind, const std::string& model, F body);
     void ssd();
     void attention();
     void gemm();
@@ -6603,9 +6623,7 @@ void Bench::add(BenchRow r, const std::function<void(BenchRow*)>& fill) {
 void Bench::ceilings() {
     in_precision(precision, [&](auto a) {
         using A = decltype(a);
-        size_t free = 0, total = 0;
-        CHECK_CUDA(cudaMemGetInfo(&free, &total));
-        const int64 blocks = int64(std::min(size_t(4) << 30, free / 4) / (16 * 1024));
+        const int64 blocks = int64(std::min(size_t(4) << 30, MemoryInfo().free / 4) / (16 * 1024));
         add(BenchRow("ceilings", "", "copy", 0, 0), [&](BenchRow* r) {
             Random<float> x(blocks * 4096), y(blocks * 4096);
             r->bytes = 2 * 16384.0 * double(blocks);
@@ -6628,15 +6646,14 @@ void Bench::ceilings() {
 // A training step (gradients zeroed, forward, backward, norm, AdamW) and an evaluation, at constant tokens.
 void Bench::train(const std::string& name) {
     const Config c = family(name);
-    const std::string model = preset_name + " " + name;
+    const std::string model = s.preset_name + " " + name;
     std::unique_ptr<Engine> engine;
-    size_t before = 0, after = 0, total = 0;
-    CHECK_CUDA(cudaMemGetInfo(&before, &total));
+    const double free_before = double(MemoryInfo().free);
     int64 steps = 0, shown = lengths[0];  // the length whose launches are listed: the one next to the model's own
     for (const int64 T : lengths)
         if (std::abs(std::log(double(T) / double(c.T))) < std::abs(std::log(double(shown) / double(c.T)))) shown = T;
     for (const int64 T : lengths) {
-        const int64 B = step_tokens / T;
+        const int64 B = s.step_tokens / T;
         const auto train_step = [&] {
             engine->zero_gradients();
             engine->forward(tokens.data(), tokens.data() + 1, B, T);
@@ -6647,14 +6664,13 @@ void Bench::train(const std::string& name) {
         add(BenchRow("train", model, "step", B, T), [&](BenchRow* r) {
             if (!engine) engine = start(c);
             r->flops = flops_per_token(c, T) * r->tokens;
-            measure(r, repeats, train_step);
-            CHECK_CUDA(cudaMemGetInfo(&after, &total));
-            r->memory = double(before) - double(after);
+            measure(r, s.repeats, train_step);
+            r->memory = free_before - double(MemoryInfo().free);
         });
         if (!rows.back().note.empty()) continue;
         add(BenchRow("train", model, "evaluation", B, T), [&](BenchRow* r) {
             r->flops = flops_per_token(c, T) * r->tokens / 3;
-            measure(r, repeats, [&] { engine->forward(tokens.data(), tokens.data() + 1, B, T); });
+            measure(r, s.repeats, [&] { engine->forward(tokens.data(), tokens.data() + 1, B, T); });
         });
         if (T == shown) launches("launches", model, B, T, train_step);
     }
@@ -6700,13 +6716,13 @@ void Bench::prefill(const std::string& name) {
     const Config c = family(name);
     std::unique_ptr<Engine> engine;
     for (const int64 T : lengths) {
-        const int64 B = step_tokens / T;
-        add(BenchRow("prefill", preset_name + " " + name, "prefill", B, T), [&](BenchRow* r) {
+        const int64 B = s.step_tokens / T;
+        add(BenchRow("prefill", s.preset_name + " " + name, "prefill", B, T), [&](BenchRow* r) {
             if (!engine) engine = start(c);
             const auto state = engine->new_state(B, T);
             std::vector<float> logits(size_t(B * c.V));
             r->flops = (flops_per_token(c, T) / 3 - 2 * double(c.V * c.D)) * r->tokens + 2 * double(B * c.V * c.D);
-            measure(r, repeats, [&] {
+            measure(r, s.repeats, [&] {
                 state->position = 0;
                 engine->step(*state, tokens.data(), T, logits.data());
             });
@@ -6720,17 +6736,16 @@ void Bench::decode(const std::string& name) {
     const Config c = family(name);
     std::unique_ptr<Engine> engine;
     const double element = precision == Precision::bf16 ? 2 : 4;
-    int64 attention_layers = 0;
-    for (int64 i = 0; i < c.L; ++i) attention_layers += c.is_attention(i);
+    const int64 attention = attention_layers(c);
     for (const int64 B : batches)
         for (const int64 T : contexts)
-            add(BenchRow("decode", preset_name + " " + name, "token", B, T), [&](BenchRow* r) {
+            add(BenchRow("decode", s.preset_name + " " + name, "token", B, T), [&](BenchRow* r) {
                 if (!engine) engine = start(c);
                 r->tokens = double(B);
                 r->bytes = element * double(engine->table.count - (c.tie ? 0 : c.V * c.D)) +
-                           double(attention_layers) * element * 2 * double(B * T * c.Hkv * c.P()) +
-                           double(c.L - attention_layers) * 4 * 2 * double(B * c.H * c.P() * c.N);
-                const auto state = engine->new_state(B, T + decode_tokens + 2);
+                           double(attention) * element * 2 * double(B * T * c.Hkv * c.P()) +
+                           double(c.L - attention) * 4 * 2 * double(B * c.H * c.P() * c.N);
+                const auto state = engine->new_state(B, T + s.decode_tokens + 2);
                 in_precision(precision, [&](auto a) {
                     for (auto& layer : static_cast<CudaState<decltype(a)>&>(*state).layers) {
                         const int64 cached = B * state->capacity * c.Hkv * c.P();
@@ -6741,119 +6756,115 @@ void Bench::decode(const std::string& name) {
                 });
                 state->position = T;
                 // Several tokens at a time, as a program that samples greedily has them decoded.
-                const int64 run = std::min<int64>(16, decode_tokens);
+                const int64 run = std::min<int64>(16, s.decode_tokens);
                 std::vector<int32_t> next(static_cast<size_t>(B), 1), chosen(size_t(B * run));
                 const auto step = [&] {
                     state->position = T;
                     engine->decode_greedy(*state, next.data(), run, c.V, chosen.data());
                 };
-                measure(r, std::max<int64>(3, decode_tokens / run), step);
-                r->ms /= double(run);
-                r->ms_25 /= double(run);
-                r->ms_75 /= double(run);
+                measure(r, std::max<int64>(3, s.decode_tokens / run), step);
+                for (double* ms : {&r->ms, &r->ms_25, &r->ms_75}) *ms /= double(run);
                 if (batches.size() * contexts.size() == 1) launches("token launches", r->model, B, T, step);
             });
 }
 
-static const char* const passes[] = {"forward", "backward", "forward + backward"};
-
-// The SSD layer's kernels alone, as training runs them: C, B, X, dt, dA in, Y out; and the gradients of all of these.
-void Bench::ssd() {
-    const int64 H = config.H, N = config.N, P = config.P(), ld = padded32(config.ssd_width());
-    const std::string model = format("H%lld P%lld N%lld", (long long)H, (long long)P, (long long)N);
+// One layer's kernels alone, at all lengths: forward, backward, and both. body(row, a number of the precision's type, time),
+// where time(forward, its bytes and operations, backward, its bytes and operations) does the pass that is asked for.
+template <class F>
+void Bench::layer(const char* kind, const std::string& model, F body) {
+    const char* const passes[] = {"forward", "backward", "forward + backward"};
     for (const int64 T : lengths)
         for (const int pass : {0, 1, 2})
-            add(BenchRow("ssd", model, passes[pass], step_tokens / T, T), [&](BenchRow* r) {
-                in_precision(precision, [&](auto a) {
-                    using A = decltype(a);
-                    const int64 heads = r->B * T * H, b = H * N, x = 2 * H * N;  // heads of all tokens
-                    const SsdShape n{r->B, T, H, P, N, config.Q, ld};
-                    const SsdTiles tiles = ssd_tiles<A>(N, P);
-                    Random<A> p(r->B * T * ld), d(r->B * T * ld), y(heads * P), dy(heads * P),
-                        kept(r->B * H * ssd_chunks(tiles, T) * P * N);
-                    Random<float> dt(heads, 0.001f, 0.1f), dA(heads, -0.5f, 0), ddt(heads), ddA(heads),
-                        scratch(ssd_scratch(n, tiles)), cos(std::max(T, kSsdRopeRows) * N / 2),
-                        sin(std::max(T, kSsdRopeRows) * N / 2);
-                    const SsdRope rope{cos, sin, 0};
-                    const auto forward = [&] {
-                        ssd_forward<A>(y, nullptr, kept, scratch, p, p + b, p + x, dt, dA, nullptr, rope, n, tiles,
-                                       nullptr);
-                    };
-                    const auto backward = [&] {
-                        ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, scratch, dy, nullptr, p, p + b, p + x, dt,
-                                        dA, kept, rope, n, tiles, nullptr);
-                    };
-                    const double in = double(heads) * double(int64(sizeof(A)) * (2 * N + P) + 8),
-                                 out = double(heads * P) * sizeof(A), operations = 4 * double(heads * N * P);
-                    r->bytes = (pass != 1 ? in + out : 0) + (pass != 0 ? 2 * in + out : 0);
-                    r->flops = (pass != 1 ? operations : 0) + (pass != 0 ? 2 * operations : 0);
+            add(BenchRow(kind, model, passes[pass], s.step_tokens / T, T), [&](BenchRow* r) {
+                const auto time = [&](auto forward, double bytes, double operations, auto backward, double back_bytes,
+                                      double back_operations) {
+                    r->bytes = (pass != 1 ? bytes : 0) + (pass != 0 ? back_bytes : 0);
+                    r->flops = (pass != 1 ? operations : 0) + (pass != 0 ? back_operations : 0);
                     forward();
-                    measure(r, repeats, [&] {
+                    measure(r, s.repeats, [&] {
                         if (pass != 1) forward();
                         if (pass != 0) backward();
                     });
-                });
+                };
+                in_precision(precision, [&](auto a) { body(*r, a, time); });
             });
 }
 
-// Attention's kernels alone: q, k, v in, y out; and their gradients. Operations of the backward as is the custom: 5 products,
-// the scores a second time among them, against 2 of the forward.
+// As training runs them: C, B, X, dt, dA in, Y out; and the gradients of all of these.
+void Bench::ssd() {
+    const int64 H = config.H, N = config.N, P = config.P(), ld = padded32(config.ssd_width());
+    layer("ssd", format("H%lld P%lld N%lld", (long long)H, (long long)P, (long long)N),
+          [&](const BenchRow& r, auto a, auto time) {
+              using A = decltype(a);
+              const int64 T = r.T, heads = r.B * T * H, b = H * N, x = 2 * H * N;  // heads of all tokens
+              const SsdShape n{r.B, T, H, P, N, config.Q, ld};
+              const SsdTiles tiles = ssd_tiles<A>(N, P);
+              Random<A> p(r.B * T * ld), d(r.B * T * ld), y(heads * P), dy(heads * P),
+                  kept(r.B * H * ssd_chunks(tiles, T) * P * N);
+              Random<float> dt(heads, 0.001f, 0.1f), dA(heads, -0.5f, 0), ddt(heads), ddA(heads),
+                  scratch(ssd_scratch(n, tiles)), cos(std::max(T, kSsdRopeRows) * N / 2),
+                  sin(std::max(T, kSsdRopeRows) * N / 2);
+              const SsdRope rope{cos, sin, 0};
+              const double in = double(heads) * double(int64(sizeof(A)) * (2 * N + P) + 8),
+                           out = double(heads * P) * sizeof(A), operations = 4 * double(heads * N * P);
+              time(
+                  [&] {
+                      ssd_forward<A>(y, nullptr, kept, scratch, p, p + b, p + x, dt, dA, nullptr, rope, n, tiles,
+                                     nullptr);
+                  },
+                  in + out, operations,
+                  [&] {
+                      ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, scratch, dy, nullptr, p, p + b, p + x, dt, dA,
+                                      kept, rope, n, tiles, nullptr);
+                  },
+                  2 * in + out, 2 * operations);
+          });
+}
+
+// q, k, v in, y out; and their gradients. Operations of the backward as is the custom: 5 products, the scores a second time
+// among them, against 2 of the forward.
 void Bench::attention() {
     const int64 H = config.H, Hkv = config.Hkv, P = config.P(), ld = padded32(config.attn_width());
     const std::string groups = Hkv < H ? format("/%lld", (long long)Hkv) : "";
-    const std::string model = format("H%lld%s P%lld", (long long)H, groups.c_str(), (long long)P);
-    for (const int64 T : lengths)
-        for (const int pass : {0, 1, 2})
-            add(BenchRow("attention", model, passes[pass], step_tokens / T, T), [&](BenchRow* r) {
-                if (P > kAttentionMaxP) fail("heads of %lld: at most %lld", (long long)P, (long long)kAttentionMaxP);
-                in_precision(precision, [&](auto a) {
-                    using A = decltype(a);
-                    const int64 rows_ = r->B * T, k = H * P, v = k + Hkv * P;
-                    const AttentionShape n{r->B, T, T, H, Hkv, P, ld, ld, T * ld};
-                    Random<A> p(rows_ * ld), d(rows_ * ld), y(rows_ * H * P), dy(rows_ * H * P);
-                    Random<float> lse(rows_ * H), stats(2 * r->B * H * padded_stats(T));
-                    const auto forward = [&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); };
-                    const auto backward = [&] {
-                        attention_backward<A>(d, d + k, d + v, stats, dy, p, p + k, p + v, y, lse, n, nullptr);
-                    };
-                    const double in = double(rows_ * (H + 2 * Hkv) * P) * sizeof(A),
-                                 out = double(rows_ * H * P) * sizeof(A),
-                                 operations = 2 * double(rows_ * H * P) * double(T + 1);
-                    r->bytes = (pass != 1 ? in + out : 0) + (pass != 0 ? 2 * in + 2 * out : 0);
-                    r->flops = (pass != 1 ? operations : 0) + (pass != 0 ? 2.5 * operations : 0);
-                    forward();
-                    measure(r, repeats, [&] {
-                        if (pass != 1) forward();
-                        if (pass != 0) backward();
-                    });
-                });
-            });
+    layer("attention", format("H%lld%s P%lld", (long long)H, groups.c_str(), (long long)P),
+          [&](const BenchRow& r, auto a, auto time) {
+              using A = decltype(a);
+              if (P > kAttentionMaxP) fail("heads of %lld: at most %lld", (long long)P, (long long)kAttentionMaxP);
+              const int64 T = r.T, rows_ = r.B * T, k = H * P, v = k + Hkv * P;
+              const AttentionShape n{r.B, T, T, H, Hkv, P, ld, ld, T * ld};
+              Random<A> p(rows_ * ld), d(rows_ * ld), y(rows_ * H * P), dy(rows_ * H * P);
+              Random<float> lse(rows_ * H), stats(2 * r.B * H * padded_stats(T));
+              const double in = double(rows_ * (H + 2 * Hkv) * P) * sizeof(A), out = double(rows_ * H * P) * sizeof(A),
+                           operations = 2 * double(rows_ * H * P) * double(T + 1);
+              time([&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); }, in + out, operations,
+                   [&] { attention_backward<A>(d, d + k, d + v, stats, dy, p, p + k, p + v, y, lse, n, nullptr); },
+                   2 * in + 2 * out, 2.5 * operations);
+          });
 }
 
 // Every matrix product of a step of the hybrid, alone; and what all of them take together.
 void Bench::gemm() {
     const Config& c = config;
-    int64 attention_layers = 0;
-    for (int64 i = 0; i < c.L; ++i) attention_layers += c.is_attention(i);
+    const int64 attention = attention_layers(c);
     const struct {
         const char* name;
         int64 in, out, times;
-    } products[] = {{"[C|B|X|dt]", c.D, c.ssd_width(), c.L - attention_layers},
-                    {"[q|k|v]", c.D, c.attn_width(), attention_layers},
+    } products[] = {{"[C|B|X|dt]", c.D, c.ssd_width(), c.L - attention},
+                    {"[q|k|v]", c.D, c.attn_width(), attention},
                     {"mixer out", c.D, c.D, c.L},
                     {"[gate|up]", c.D, 2 * c.F, c.L},
                     {"down", c.F, c.D, c.L},
                     {"head", c.D, c.V, 1}};
     const char* const what[] = {"y = x W'", "dx = dy W", "dW += dy' x"};
     for (const int pass : {0, 1, 2}) {
-        BenchRow all = BenchRow("gemm", "all of a step", what[pass], 1, step_tokens);
+        BenchRow all = BenchRow("gemm", "all of a step", what[pass], 1, s.step_tokens);
         all.ms = all.ms_25 = all.ms_75 = all.tokens = 0;
         for (const auto& m : products) {
             if (m.times == 0) continue;
-            add(BenchRow("gemm", m.name, what[pass], 1, step_tokens), [&](BenchRow* r) {
+            add(BenchRow("gemm", m.name, what[pass], 1, s.step_tokens), [&](BenchRow* r) {
                 in_precision(precision, [&](auto a) {
                     using A = decltype(a);
-                    const int64 M = step_tokens, ld = m.out == c.V ? padded8(m.out) : padded32(m.out);
+                    const int64 M = s.step_tokens, ld = m.out == c.V ? padded8(m.out) : padded32(m.out);
                     const int64 out = sizeof(A) == 2 ? ld : m.out;  // as in Model
                     Blas blas;
                     Random<A> x(M * m.in), w(ld * m.in), y(M * ld);
@@ -6862,7 +6873,7 @@ void Bench::gemm() {
                     r->flops = 2 * double(M) * double(m.in) * double(m.out);
                     r->bytes = sizeof(A) * double(M * (m.in + m.out)) +
                                (pass < 2 ? double(sizeof(A)) : 8.0) * double(m.in * m.out);
-                    measure(r, repeats, [&] {
+                    measure(r, s.repeats, [&] {
                         if (pass == 0) linear_forward<A, A>(blas, y, ld, x, w, M, m.in, out, nullptr);
                         if (pass == 1) linear_backward_input<A>(blas, x, y, ld, w, M, m.in, out, 1, nullptr);
                         if (pass == 2) linear_backward_weight<A>(blas, dw, y, ld, x, M, m.in, out, 1, nullptr);
@@ -6870,10 +6881,8 @@ void Bench::gemm() {
                 });
             });
             const BenchRow& r = rows.back();
-            all.ms += double(m.times) * r.ms;
-            all.ms_25 += double(m.times) * r.ms_25;
-            all.ms_75 += double(m.times) * r.ms_75;
-            all.flops += double(m.times) * r.flops;
+            for (const auto x : {&BenchRow::ms, &BenchRow::ms_25, &BenchRow::ms_75, &BenchRow::flops})
+                all.*x += double(m.times) * r.*x;
         }
         if (std::isfinite(all.ms)) add(all, [](BenchRow*) {});
     }
@@ -6882,7 +6891,7 @@ void Bench::gemm() {
 void Bench::run(const std::string& kind) {
     if (tokens.empty()) {
         const Philox stream(1, "bench");
-        tokens.resize(size_t(step_tokens + 1));
+        tokens.resize(size_t(s.step_tokens + 1));
         for (size_t r = 0; r < tokens.size(); ++r) tokens[r] = int32_t(stream.at(r).word[0] % uint32_t(config.V));
     }
     printf("\n%-37s %15s %9s %20s %9s %5s %5s %8s %5s %5s\n", kind.c_str(), kind == "decode" ? "B after T" : "B x T",
@@ -6924,17 +6933,6 @@ static std::vector<int64> bench_list(const char* option, const std::string& text
     return list;
 }
 
-struct BenchSettings {
-    std::string preset_name, precision = "bf16", csv, svg;
-    Config config;
-    int64 repeats = 10, decode_tokens = 128;
-    int64 B = 4, T = 0, prompt = 64, decode_batch = 1;  // of the summary
-    std::string models = "all", lengths = "512,1024,2048,4096,8192,16384,32768,65536";
-    std::string contexts = "512,4096,16384,65536", batches = "1,8,64";
-    int64 step_tokens = 65536;
-    bool recompute = false;
-};
-
 static void add_bench_options(Options* o, BenchSettings* s) {
     o->add("preset", &s->preset_name, "the model; default: 5m, for a case 320m; the options below change it");
     add_model_options(o, &s->config);
@@ -6971,7 +6969,7 @@ int bench_command(int argc, char** argv) {
         "    gemm            the matrix products of a step\n"
         "    all             all of these cases\n"
         "    plot FILE...    nothing is timed: what --csv wrote earlier is drawn to --svg\n";
-    const std::vector<std::string> cases = {"train", "prefill", "decode", "ssd", "attention", "gemm"};
+    const std::vector<std::string> known = {"train", "prefill", "decode", "ssd", "attention", "gemm", "all", "plot"};
     BenchSettings s;
     std::vector<std::string> words;
     {  // the preset sets the defaults of the options that change it: it is looked for first
@@ -6982,16 +6980,13 @@ int bench_command(int argc, char** argv) {
     const std::string kind = words.empty() ? "" : words[0];
     const std::string name = !s.preset_name.empty() ? s.preset_name : kind.empty() ? "5m" : "320m";
     s = BenchSettings();
-    s.config = preset(name);
+    s.config = preset(s.preset_name = name);
     Options o("transxssm", usage);
     add_bench_options(&o, &s);
     words.clear();
     o.parse(argc, argv, 1, &words);
     if (o.given("heads") && !o.given("kv-heads")) s.config.Hkv = s.config.H;
 
-    std::vector<std::string> known = cases;
-    known.push_back("all");
-    known.push_back("plot");
     if (!kind.empty() && std::find(known.begin(), known.end(), kind) == known.end())
         usage_error("bench: unknown case '%s'; did you mean '%s'?", kind.c_str(), nearest_word(kind, known).c_str());
     if (kind != "plot" && words.size() > 1)
@@ -7000,44 +6995,31 @@ int bench_command(int argc, char** argv) {
         if (!kind.empty() && o.given(option)) usage_error("--%s is of the bench without a case", option);
     for (const char* option : {"model", "lengths", "step-tokens", "contexts", "batches"})
         if (kind.empty() && o.given(option)) usage_error("--%s is of a case: bench train, say", option);
-    if (s.precision != "bf16" && s.precision != "fp32")
-        usage_error("--precision: '%s' is not bf16 or fp32", s.precision.c_str());
+    const Precision precision = precision_of(s.precision);
     const std::vector<std::string> all_families = {"hybrid", "transformer", "ssm"},
                                    families = s.models == "all" ? all_families : bench_words(s.models);
     for (const std::string& family : families)
         if (std::find(all_families.begin(), all_families.end(), family) == all_families.end())
             usage_error("--model: '%s' is not hybrid, transformer, ssm or all", family.c_str());
-
     if ((kind == "decode" || kind == "all") && s.decode_tokens == 0)
         usage_error("--tokens: 0 leaves nothing to decode");
 
-    Bench bench;
-    bench.preset_name = name;
-    bench.config = s.config;
-    bench.precision = s.precision == "fp32" ? Precision::fp32 : Precision::bf16;
-    bench.recompute = s.recompute;
-    bench.repeats = s.repeats;
-    bench.decode_tokens = s.decode_tokens;
+    const int64 length = s.T > 0 ? s.T : s.config.T;  // without a case
+    if (kind.empty()) s.step_tokens = s.B * length;
+    Bench bench(s, precision);
     if (kind.empty()) {
-        bench.lengths = {s.T > 0 ? s.T : s.config.T};
-        bench.step_tokens = s.B * bench.lengths[0];
+        bench.lengths = {length};
         bench.contexts = {s.prompt};
         bench.batches = {s.decode_batch};
-        bench.families = {"hybrid"};
     } else {
-        if (!o.given("lengths")) {  // those that a step has room for
-            for (const int64 T : bench_list("lengths", s.lengths, 1, INT32_MAX))
-                if (T <= s.step_tokens) bench.lengths.push_back(T);
-            if (bench.lengths.empty()) bench.lengths = {s.step_tokens};
-        } else {
-            bench.lengths = bench_list("lengths", s.lengths, 1, s.step_tokens);
-        }
-        bench.step_tokens = s.step_tokens;
+        for (const int64 T : bench_list("lengths", s.lengths, 1, o.given("lengths") ? s.step_tokens : INT32_MAX))
+            if (T <= s.step_tokens) bench.lengths.push_back(T);  // by default those that a step has room for
+        if (bench.lengths.empty()) bench.lengths = {s.step_tokens};
         bench.contexts = bench_list("contexts", s.contexts, 1, 1 << 24);
         bench.batches = bench_list("batches", s.batches, 1, 1 << 20);
         bench.families = families;
     }
-    if (bench.step_tokens >= INT32_MAX) usage_error("%lld tokens a step: at most 2^31-2", (long long)bench.step_tokens);
+    if (s.step_tokens >= INT32_MAX) usage_error("%lld tokens a step: at most 2^31-2", (long long)s.step_tokens);
     for (const std::string& out : {s.csv, s.svg})  // now, not after the work
         if (!out.empty() && (is_directory(out) || access(parent_directory(out).c_str(), W_OK) != 0))
             fail("%s: cannot write: %s", out.c_str(), is_directory(out) ? strerror(EISDIR) : strerror(errno));
@@ -7050,18 +7032,13 @@ int bench_command(int argc, char** argv) {
         return 0;
     }
     s.config.validate("bench");
-    const std::string none = problem();
-    if (!none.empty()) fail("bench: %s", none.c_str());
-    int device = 0;
-    cudaDeviceProp gpu;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaGetDeviceProperties(&gpu, device));
-    printf("%s, %s; %s, %s parameters\n", gpu.name, s.precision.c_str(), name.c_str(),
+    need_gpu("bench");
+    printf("%s, %s; %s, %s parameters\n", gpu_name().c_str(), s.precision.c_str(), name.c_str(),
            with_commas(ParamTable(s.config).count).c_str());
     std::vector<std::string> todo = {"ceilings"};
     if (kind.empty()) todo.push_back("train");
     else if (kind != "all") todo.push_back(kind);
-    else todo.insert(todo.end(), cases.begin(), cases.end());
+    else todo.insert(todo.end(), known.begin(), known.end() - 2);
     if (kind.empty() && s.decode_tokens > 0) todo.push_back("decode");
     for (const std::string& k : todo) {
         bench.run(k);
@@ -7254,17 +7231,15 @@ int candidate_command(int argc, char** argv) {
     if (!o.parse(argc, argv, 1, &files)) return 0;
     if (files.size() != 1) usage_error("candidate: expected one oracle file, found %zu", files.size());
     if (to.empty()) usage_error("candidate: --out is missing");
-    if (precision != "bf16" && precision != "fp32")
-        usage_error("--precision: '%s' is not bf16 or fp32", precision.c_str());
+    const bool fp32 = precision_of(precision) == Precision::fp32;
     if (same_file(files[0], to)) usage_error("--out: %s is read from: give another name", to.c_str());
     const SafeTensors oracle(files[0]);
     if (metadata_of(oracle, "kind") != "model")
         fail("%s: is of the op %s, expected a model", files[0].c_str(), metadata_of(oracle, "kind").c_str());
-    const std::string why_not = problem();
-    if (!why_not.empty()) fail("GPU: %s", why_not.c_str());
+    need_gpu("GPU");
 
     Candidate out;
-    if (precision == "fp32") compute_candidate<float>(oracle, &out);
+    if (fp32) compute_candidate<float>(oracle, &out);
     else compute_candidate<bf16>(oracle, &out);
     std::vector<std::pair<std::string, std::string>> metadata;
     for (const auto& m : oracle.metadata)
