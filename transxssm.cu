@@ -187,11 +187,6 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-// exp(x): to float's accuracy where the result stays fp32, by the hardware where it is rounded to bf16.
-template <class A>
-__device__ inline float exp_for(float x) {
-    return std::is_same<A, float>::value ? expf(x) : exp2_fast(x * kLog2e);
-}
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -462,10 +457,12 @@ __device__ inline int lane_id() { return int(threadIdx.x % 32); }
 __device__ inline int acc_row() { return int(threadIdx.x % 32 / 4); }  // and + 8
 __device__ inline int acc_col() { return int(threadIdx.x % 4 * 2); }   // and + 1
 
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
 // Four 8 x 8 matrices of bf16 from shared memory: lane i gives the address of row i%8 of matrix i/8.
 template <bool transpose>
 __device__ inline void load_matrices(uint32_t (&r)[4], const bf16* row) {
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+    const uint32_t address = shared_address(row);
     if (transpose)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -600,6 +597,13 @@ __device__ inline void multiply(Accumulator<NT>& acc, const Rows<bf16, K>& a, co
         }
 }
 
+// 16 bytes from memory to an address in shared memory, in the background until copies_done(); not `inside`: zeros.
+__device__ inline void copy16(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy16(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
 // Copies `rows` x `cols` elements from memory (rows `ld` apart) into a tile and fills it up to all_rows x all_cols with
 // zeros. All threads of the block take part; copies go on in the background until copies_done().
 template <class A>
@@ -613,9 +617,7 @@ __device__ inline void load_tile(A* tile, int tile_ld, const A* from, int64 ld, 
             const int r = i / per_row, c = i % per_row * W;
             const bool inside = r < rows && c < cols;
             const A* source = inside ? from + r * ld + c : from;
-            const uint32_t to = uint32_t(__cvta_generic_to_shared(tile + r * tile_ld + c));
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source), "r"(inside ? 16 : 0)
-                         : "memory");  // the last operand is how many bytes are read; zeros follow
+            copy16(shared_address(tile + r * tile_ld + c), source, inside);
         }
     } else {
         for (int i = int(threadIdx.x); i < all_rows * all_cols; i += int(blockDim.x)) {
@@ -632,7 +634,12 @@ __device__ inline void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
 }
 // Copies that run in the background, announced by a barrier in shared memory; compute capability 9.0.
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ inline void init_barrier(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void arrive(uint32_t barrier) {
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(barrier) : "memory");
+}
 __device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
@@ -814,32 +821,49 @@ struct Tile<bf16, kRows, kP, 4> {
     static constexpr int ld = 64, panel = kRows * ld, size = kP / 64 * panel;
     // Of the operand at p: the address in units of 16 bytes, 1024 bytes from 8 rows to the next 8, the swizzle. What
     // begins e elements later (a multiple of 8) has start(p) + e / 8.
-    __device__ static uint32_t start(const bf16* p) { return uint32_t(__cvta_generic_to_shared(p)) / 16 | 1 << 16; }
+    __device__ static uint32_t start(const bf16* p) { return shared_address(p) / 16 | 1 << 16; }
     __device__ static uint64_t describe(uint32_t start) { return uint64_t(1024 / 16 | 1 << 30) << 32 | start; }
 };
 
-// d (64,64) = a (64,16) b (16,64), or += if `add`. b lies in its tile as it is (plain) or as its transpose. a: fragments
-// in registers, or the description of rows in a tile.
+// d (64,N) = a (64,16) b (16,N), or += if `add`. b lies in its tile as it is (plain) or as its transpose. a: fragments in
+// registers, or the description of rows in a tile; section 9 has wider b: fewer reads of a.
 #define D4(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
-#define D32 D4(0), D4(1), D4(2), D4(3), D4(4), D4(5), D4(6), D4(7)
-#define WGMMA_D32                                                                                                          \
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17," \
-    "%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+#define D32(t) D4(t), D4(t + 1), D4(t + 2), D4(t + 3), D4(t + 4), D4(t + 5), D4(t + 6), D4(t + 7)
+#define R10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define R30 R10() R10(1) R10(2)
+#define R60 R30 R10(3) R10(4) R10(5)
+#define WGMMA_N(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {"
 template <Layout lb>
 __device__ inline void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; " WGMMA_D32 "{%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
-                       : D32
+    WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; " WGMMA_N(64) R30
+                       "%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
+                       : D32(0)
                        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
 }
-template <Layout lb>
+template <Layout lb, int N = 64>
 __device__ inline void wgmma(float (*d)[4], uint64_t a, uint64_t b, bool add) {
-    WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; " WGMMA_D32 "%32, %33, p, 1, 1, 0, %35;}"
-                       : D32
-                       : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
+    if constexpr (N == 64)
+        WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; " WGMMA_N(64) R30
+                           "%30,%31}, %32, %33, p, 1, 1, 0, %35;}"
+                           : D32(0)
+                           : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
+    if constexpr (N == 128)
+        WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; " WGMMA_N(128) R60
+                           "%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, %67;}"
+                           : D32(0), D32(8)
+                           : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
+    if constexpr (N == 192)
+        WGMMA(asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; " WGMMA_N(192) R60 R10(6) R10(7)
+                               R10(8) "%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, %99;}"
+                           : D32(0), D32(8), D32(16)
+                           : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain)));
 }
 #undef D4
 #undef D32
-#undef WGMMA_D32
+#undef R10
+#undef R30
+#undef R60
+#undef WGMMA_N
 __device__ inline void wgmma_begin() { WGMMA(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
 __device__ inline void wgmma_commit() { WGMMA(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
 template <int NT, int M>
@@ -1020,16 +1044,21 @@ struct Source {
         }
         const int r0 = int(threadIdx.x) / per_row, c = int(threadIdx.x) % per_row * W;
         const int inside = c < P ? end - row - r0 : 0;
-        const uint32_t at = uint32_t(__cvta_generic_to_shared(tile + to.at(r0, c)));
+        const uint32_t at = shared_address(tile + to.at(r0, c));
         source += r0 * ld + c;
 #pragma unroll
         for (int r = 0; r < kRows; r += step, source += step * ld)
-            if (kRows % step == 0 || r + r0 < kRows)  // the last operand is how many bytes are read; zeros follow
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + r * to.ld * int(sizeof(A))),
-                             "l"(r < inside ? source : from), "r"(r < inside ? 16 : 0)
-                             : "memory");
+            if (kRows % step == 0 || r + r0 < kRows)
+                copy16(at + r * to.ld * int(sizeof(A)), r < inside ? source : from, r < inside);
     }
 };
+__device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int c, int h, int row, int b, uint32_t barrier) {
+    WGMMA(
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                     " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                     "l"(map), "r"(c), "r"(h), "r"(row), "r"(b), "r"(barrier)
+                     : "memory"));
+}
 template <>
 struct Source<bf16, 4> {
     const CUtensorMap* map;
@@ -1039,13 +1068,7 @@ struct Source<bf16, 4> {
     template <int threads, int kRows, int kP>
     __device__ void load(Tile<bf16, kRows, kP, 4> to, bf16* tile, int row, int, uint32_t barrier) const {
 #pragma unroll
-        for (int c = 0; c < kP; c += 64)
-            WGMMA(
-                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                             " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
-                                 uint32_t(__cvta_generic_to_shared(tile + c / 64 * to.panel))),
-                             "l"(map), "r"(c), "r"(h), "r"(row), "r"(b), "r"(barrier)
-                             : "memory"));
+        for (int c = 0; c < kP; c += 64) copy_box(shared_address(tile + c / 64 * to.panel), map, c, h, row, b, barrier);
     }
 };
 
@@ -1061,23 +1084,18 @@ struct Ring {
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);
     static_assert(engine || stages == 4,
                   "with four, a thread's copies have had a step's time when arrived() waits for all");
-    __device__ explicit Ring(void* memory) : barriers(uint32_t(__cvta_generic_to_shared(memory))) {
+    __device__ explicit Ring(void* memory) : barriers(shared_address(memory)) {
         if (threadIdx.x < 2 * stages)
-            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + 8 * threadIdx.x),
-                         "r"(!engine                ? N::threads
-                             : threadIdx.x < stages ? 1
-                                                    : N::warps)
-                         : "memory");
+            init_barrier(barriers + 8 * threadIdx.x, !engine ? N::threads : threadIdx.x < stages ? 1 : N::warps);
         if (engine) WGMMA(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
         __syncthreads();
     }
     __device__ static int buffer(int i) { return i & (stages - 1); }
     __device__ uint32_t filled(int i) const { return barriers + 8 * buffer(i); }
     __device__ uint32_t free(int i) const { return barriers + 8 * (stages + buffer(i)); }
-    __device__ static void arrive(uint32_t barrier) {  // all threads, or one for its warp
+    __device__ static void tell(uint32_t barrier) {  // all threads, or one for its warp
         __syncwarp();
-        if (!engine || lane_id() == 0)
-            asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(barrier) : "memory");
+        if (!engine || lane_id() == 0) arrive(barrier);
     }
     __device__ static void wait(uint32_t barrier, unsigned i) {
         asm volatile(
@@ -1106,7 +1124,7 @@ struct Ring {
     __device__ void arrived(int i) const {
         if (engine) return;
         copies_done();
-        arrive(filled(i));
+        tell(filled(i));
     }
     __device__ void wait_filled(int i) const { wait(filled(i), i); }
     __device__ bool is_filled(unsigned i) const {  // asked a step before, as the answer takes its time
@@ -1117,7 +1135,7 @@ struct Ring {
                      : "memory");
         return yes;
     }
-    __device__ void release(int i) const { arrive(free(i)); }
+    __device__ void release(int i) const { tell(free(i)); }
     // During step i of `all`: begin(i + ahead) as soon as it may. Before the first step come begin(0) to begin(ahead - 1).
     template <class F>
     __device__ void advance(int i, int all, const F& begin) const {
@@ -1371,7 +1389,7 @@ __global__ void __launch_bounds__(N::threads, N::blocks)
         source_q.template load<N::threads>(TileQ(), tile_q(i), load_t, T, barrier);
         source_dy.template load<N::threads>(TileQ(), tile_q(i) + TileQ::size, load_t, T, barrier);
         const float* from = stats + (b * n.H + load_h) * padded_stats(n.T) + load_t;
-        const uint32_t at = uint32_t(__cvta_generic_to_shared(tile_stats(i)));
+        const uint32_t at = shared_address(tile_stats(i));
 #pragma unroll
         for (int part = 0; part < 2; ++part, from += n.B * n.H * padded_stats(n.T))
             if (Ring<N>::engine)
@@ -1380,11 +1398,7 @@ __global__ void __launch_bounds__(N::threads, N::blocks)
                                  " [%0], [%1], %2, [%3];" ::"r"(at + part * kStep * 4),
                                  "l"(from), "r"(kStep * 4), "r"(barrier)
                                  : "memory"));
-            else if (threadIdx.x < kStep / 4)
-                asm volatile(
-                    "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + part * kStep * 4 + 16 * threadIdx.x),
-                    "l"(from + 4 * threadIdx.x)
-                    : "memory");
+            else if (threadIdx.x < kStep / 4) copy16(at + part * kStep * 4 + 16 * threadIdx.x, from + 4 * threadIdx.x);
     };
     constexpr int kBytes = 2 * TileQ::size * int(sizeof(A)) + kStep * 8, kOwnBytes = 2 * TileK::size * int(sizeof(A));
     const auto move_on = [&] {  // in all threads, so that the compiler knows that all have the same
@@ -3399,7 +3413,7 @@ static void dropout_backward(A* dm, const A* dout, const Dropout& dropout, int64
 // To float's accuracy where the result stays fp32, by the hardware's instructions where it is rounded to bf16.
 template <class A>
 __device__ inline float sigmoid_for(float x) {
-    const float e = 1.0f + exp_for<A>(-x);
+    const float e = 1.0f + (std::is_same<A, float>::value ? expf(-x) : exp2_fast(-x * kLog2e));
     if (std::is_same<A, float>::value) return 1.0f / e;
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(e));
@@ -3494,29 +3508,6 @@ struct GluMaps {
 static constexpr int kGluThreads = 384;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// d (64,N) = a (64,16) b (16,N), or += if `add`, as in section 6a, for wider b: fewer reads of a.
-#define D4(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
-#define D32(t) D4(t), D4(t + 1), D4(t + 2), D4(t + 3), D4(t + 4), D4(t + 5), D4(t + 6), D4(t + 7)
-#define R10(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
-#define R60 R10() R10(1) R10(2) R10(3) R10(4) R10(5)
-template <int N, Layout lb>
-__device__ inline void wgmma_wide(float (*d)[4], uint64_t a, uint64_t b, bool add) {
-    if constexpr (N == 128)
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R60
-                     "%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, %67;}"
-                     : D32(0), D32(8)
-                     : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain));
-    else
-        asm volatile(
-            "{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" R60 R10(6)
-                R10(7) R10(8) "%90,%91,%92,%93,%94,%95}, %96, %97, p, 1, 1, 0, %99;}"
-            : D32(0), D32(8), D32(16)
-            : "l"(a), "l"(b), "r"(int(add)), "n"(lb == Layout::plain));
-}
-#undef D4
-#undef D32
-#undef R10
-#undef R60
 // 64 columns and some rows of a tensor (make_map) into this block's tile, or at the same place into both blocks'.
 template <bool both>
 __device__ inline void copy_panel(bf16* to, const CUtensorMap& map, int64 panel, int64 row, uint64_t* barrier) {
@@ -3526,12 +3517,7 @@ __device__ inline void copy_panel(bf16* to, const CUtensorMap& map, int64 panel,
             " [%0], [%1, {%2, %3, %4, %2}], [%5], %6;" ::"r"(shared_address(to)),
             "l"(&map), "r"(0), "r"(int(panel)), "r"(int(row)), "r"(shared_address(barrier)), "h"(uint16_t(3))
             : "memory");
-    else
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%2, %3, %4, %2}], [%5];" ::"r"(shared_address(to)),
-            "l"(&map), "r"(0), "r"(int(panel)), "r"(int(row)), "r"(shared_address(barrier))
-            : "memory");
+    else copy_box(shared_address(to), &map, 0, int(panel), int(row), 0, shared_address(barrier));
 }
 __device__ inline void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
@@ -3546,8 +3532,7 @@ __device__ inline void tell_free(uint64_t* barrier) {
                 shared_address(barrier)),
             "r"(lane_id())
             : "memory");
-    if (!both && lane_id() == 0)
-        asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+    if (!both && lane_id() == 0) arrive(shared_address(barrier));
 }
 // Of four threads each holds words 0..3, word i being columns 8i + 2 (lane%4) and the next: afterwards columns
 // 8 (lane%4) .. + 7.
@@ -3578,16 +3563,13 @@ __global__ void WGMMA(__cluster_dims__(2)) __launch_bounds__(kGluThreads, 1)
     extern __shared__ __align__(1024) unsigned char glu_memory[];
     Shared& s = *reinterpret_cast<Shared*>(glu_memory);
     if (threadIdx.x == 0) {
-        const auto init = [](uint64_t* barrier, int count) {
-            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-        };
         for (int i = 0; i < kStages; ++i) {
-            init(&s.filled[i], 1);
-            init(&s.free[i], 8);
+            init_barrier(shared_address(&s.filled[i]), 1);
+            init_barrier(shared_address(&s.free[i]), 8);
         }
         for (int i = 0; i < 4; ++i) {
-            init(&s.given_filled[i / 2][i % 2], 1);
-            init(&s.given_free[i / 2][i % 2], 4);
+            init_barrier(shared_address(&s.given_filled[i / 2][i % 2]), 1);
+            init_barrier(shared_address(&s.given_free[i / 2][i % 2]), 4);
         }
         asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -3654,7 +3636,7 @@ __global__ void WGMMA(__cluster_dims__(2)) __launch_bounds__(kGluThreads, 1)
                 for (int i = 0; i < 4; ++i)
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
-                        wgmma_wide<kN, kBackward ? Layout::plain : Layout::transposed>(
+                        wgmma<kBackward ? Layout::plain : Layout::transposed, kN>(
                             acc[m].v, a + (m * 64 * 128 + i * 32) / 16, b + i * (kBackward ? 16 * 128 : 32) / 16,
                             k > 0 || i > 0);
                 wgmma_commit();
@@ -3784,11 +3766,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     if (kShared) {  // a thread reads only what it has copied itself: no barrier
         for (int v = first; v < end; v += stride)
 #pragma unroll
-            for (int i = 0; i < W; i += 16 / int(sizeof(A)))
-                asm volatile(
-                    "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(row + v + i))),
-                    "l"(z + v + i)
-                    : "memory");
+            for (int i = 0; i < W; i += 16 / int(sizeof(A))) copy16(shared_address(row + v + i), z + v + i);
         copies_done();
     }
     const auto fetch = [&](float(&f)[W], int v) {
