@@ -1668,62 +1668,52 @@ static Maps make_maps(const A* q, const A* k, const A* v, const A* dy, const Att
     }
     return maps;
 }
-template <class A, int kP, int team>
-static void attention_forward_by(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
-                                 Position before, cudaStream_t stream) {
-    using N = typename Tilings<A, kP, team>::Forward;
-    launch("attention_forward", attention_forward_kernel<A, kP, N>, ceil_div(n.T, N::own) * n.B * n.H, N::threads,
-           attention_shared<A, kP, N>(1), stream, y, lse, q, k, v,
-           make_maps<A, team>(q, k, v, nullptr, n, N::own, N::step), n, before, float(1 / std::sqrt(double(n.P))));
-}
-template <class A, int kP, int team>
-static void attention_backward_by(A* dq, A* dk, A* dv, float* stats, const A* dy, const A* q, const A* k, const A* v,
-                                  const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
-    using NK = typename Tilings<A, kP, team>::Keys;
-    using NQ = typename Tilings<A, kP, team>::Queries;
-    const float scale = float(1 / std::sqrt(double(n.P)));
-    const bool vectors = n.P % 8 == 0 && (uintptr_t(dy) | uintptr_t(y)) % 32 == 0;
-    launch("attention_backward", vectors ? attention_dot_kernel<A, 8> : attention_dot_kernel<A, 1>,
-           ceil_div(n.B * padded_stats(n.T) * n.H, 32), 256, 0, stream, stats, dy, y, lse, n);
-    launch("attention_backward", attention_backward_kv_kernel<A, kP, NK>, ceil_div(n.S, NK::own) * n.B * n.Hkv,
-           NK::threads, attention_shared<A, kP, NK>(2), stream, dk, dv, dy, q, k, v,
-           make_maps<A, team>(q, k, v, dy, n, NK::step, NK::own), stats, n, scale);
-    launch("attention_backward", attention_backward_q_kernel<A, kP, NQ>, ceil_div(n.T, NQ::own) * n.B * n.H,
-           NQ::threads, attention_shared<A, kP, NQ>(2), stream, dq, dy, q, k, v,
-           make_maps<A, team>(q, k, v, dy, n, NQ::own, NQ::step), stats, n, scale);
-}
-// f(kP, team): the padded width and the form of products for this call. The copy engine wants rows that begin at multiples
-// of 16 bytes.
+// Calls f(kP, team), as types: the padded width and the form of products for this call. The copy engine wants rows that
+// begin at multiples of 16 bytes.
 template <class A, class F>
 static void attention_form(const A* q, const A* k, const A* v, const A* dy, const AttentionShape& n, const F& f) {
     using std::integral_constant;
+    const auto with = [&](auto team) {
+        if (n.P <= 64) f(integral_constant<int, 64>(), team);
+        else f(integral_constant<int, 128>(), team);
+    };
     if constexpr (std::is_same<A, bf16>::value) {
         const bool aligned = (uintptr_t(q) | uintptr_t(k) | uintptr_t(v) | uintptr_t(dy)) % 16 == 0 &&
                              (n.P | n.ld_q | n.ld_kv | n.seq_kv) % 8 == 0;
-        if (aligned && has_wgmma()) {
-            if (n.P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 4>());
-            else f(integral_constant<int, 128>(), integral_constant<int, 4>());
-            return;
-        }
+        if (aligned && has_wgmma()) return with(integral_constant<int, 4>());
     }
-    if (n.P <= 64) f(integral_constant<int, 64>(), integral_constant<int, 1>());
-    else f(integral_constant<int, 128>(), integral_constant<int, 1>());
+    with(integral_constant<int, 1>());
 }
 // `before` keys come before the first query.
 template <class A>
 static void attention_forward(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
                               Position before, cudaStream_t stream) {
-    attention_form<A>(q, k, v, nullptr, n, [&](auto kP, auto team) {
-        attention_forward_by<A, decltype(kP)::value, decltype(team)::value>(y, lse, q, k, v, n, before, stream);
+    attention_form<A>(q, k, v, nullptr, n, [&](auto width, auto team) {
+        constexpr int kP = decltype(width)::value, kTeam = decltype(team)::value;
+        using N = typename Tilings<A, kP, kTeam>::Forward;
+        launch("attention_forward", attention_forward_kernel<A, kP, N>, ceil_div(n.T, N::own) * n.B * n.H, N::threads,
+               attention_shared<A, kP, N>(1), stream, y, lse, q, k, v,
+               make_maps<A, kTeam>(q, k, v, nullptr, n, N::own, N::step), n, before, float(1 / std::sqrt(double(n.P))));
     });
 }
 // stats is scratch of 2 B H padded_stats(T) numbers.
 template <class A>
 static void attention_backward(A* dq, A* dk, A* dv, float* stats, const A* dy, const A* q, const A* k, const A* v,
                                const A* y, const float* lse, const AttentionShape& n, cudaStream_t stream) {
-    attention_form<A>(q, k, v, dy, n, [&](auto kP, auto team) {
-        attention_backward_by<A, decltype(kP)::value, decltype(team)::value>(dq, dk, dv, stats, dy, q, k, v, y, lse, n,
-                                                                             stream);
+    const float scale = float(1 / std::sqrt(double(n.P)));
+    const bool vectors = n.P % 8 == 0 && (uintptr_t(dy) | uintptr_t(y)) % 32 == 0;
+    launch("attention_backward", vectors ? attention_dot_kernel<A, 8> : attention_dot_kernel<A, 1>,
+           ceil_div(n.B * padded_stats(n.T) * n.H, 32), 256, 0, stream, stats, dy, y, lse, n);
+    attention_form<A>(q, k, v, dy, n, [&](auto width, auto team) {
+        constexpr int kP = decltype(width)::value, kTeam = decltype(team)::value;
+        using NK = typename Tilings<A, kP, kTeam>::Keys;
+        using NQ = typename Tilings<A, kP, kTeam>::Queries;
+        launch("attention_backward", attention_backward_kv_kernel<A, kP, NK>, ceil_div(n.S, NK::own) * n.B * n.Hkv,
+               NK::threads, attention_shared<A, kP, NK>(2), stream, dk, dv, dy, q, k, v,
+               make_maps<A, kTeam>(q, k, v, dy, n, NK::step, NK::own), stats, n, scale);
+        launch("attention_backward", attention_backward_q_kernel<A, kP, NQ>, ceil_div(n.T, NQ::own) * n.B * n.H,
+               NQ::threads, attention_shared<A, kP, NQ>(2), stream, dq, dy, q, k, v,
+               make_maps<A, kTeam>(q, k, v, dy, n, NQ::own, NQ::step), stats, n, scale);
     });
 }
 
@@ -5162,10 +5152,11 @@ class Model {
     }
 
     float* buffer(Buffer which) {
+        const char* const names[] = {"the weights", "the gradients", "the first moments", "the second moments"};
         Memory& b = buffers[int(which)];
         if (b.size() == 0) {
             // and room for the padding of the last matrix's gradient (linear_backward_weight)
-            b.resize(size_t(table.count + 32 * config.D) * sizeof(float), buffer_name(which));
+            b.resize(size_t(table.count + 32 * config.D) * sizeof(float), names[int(which)]);
             CHECK_CUDA(cudaMemsetAsync(b.at(), 0, b.size(), stream));
         }
         return b.at<float>();
@@ -5213,14 +5204,6 @@ class Model {
     float *ddt, *ddA, *partial, *logits32, *segment_scratch;
     float* attention_stats;  // (B,H,T padded) pairs: log-sum-exp, dy . y
 
-    static const char* buffer_name(Buffer which) {
-        switch (which) {
-            case Buffer::weights: return "the weights";
-            case Buffer::gradients: return "the gradients";
-            case Buffer::exp_avg: return "the first moments";
-            default: return "the second moments";
-        }
-    }
     const float* w(Param p, int64 layer = -1) const { return buffers[0].at<float>() + table.offset(p, layer); }
     float* g(Param p, int64 layer = -1) const { return buffers[1].at<float>() + table.offset(p, layer); }
     Dropout dropout(int64 layer, int half) const {
