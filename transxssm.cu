@@ -6729,18 +6729,20 @@ void Bench::decode(const std::string& name) {
             });
 }
 
+struct Cost {
+    double bytes, operations;
+};
 // One layer's kernels alone, at all lengths: forward, backward, and both. body(row, a number of the precision's type, time),
-// where time(forward, its bytes and operations, backward, its bytes and operations) does the pass that is asked for.
+// where time(forward, its cost, backward, its cost) does the pass that is asked for.
 template <class F>
 void Bench::layer(const char* kind, const std::string& model, F body) {
     const char* const passes[] = {"forward", "backward", "forward + backward"};
     for (const int64 T : lengths)
         for (const int pass : {0, 1, 2})
             add(BenchRow(kind, model, passes[pass], s.step_tokens / T, T), [&](BenchRow* r) {
-                const auto time = [&](auto forward, double bytes, double operations, auto backward, double back_bytes,
-                                      double back_operations) {
-                    r->bytes = (pass != 1 ? bytes : 0) + (pass != 0 ? back_bytes : 0);
-                    r->flops = (pass != 1 ? operations : 0) + (pass != 0 ? back_operations : 0);
+                const auto time = [&](auto forward, Cost there, auto backward, Cost back) {
+                    r->bytes = (pass != 1 ? there.bytes : 0) + (pass != 0 ? back.bytes : 0);
+                    r->flops = (pass != 1 ? there.operations : 0) + (pass != 0 ? back.operations : 0);
                     forward();
                     measure(r, s.repeats, [&] {
                         if (pass != 1) forward();
@@ -6773,12 +6775,12 @@ void Bench::ssd() {
                       ssd_forward<A>(y, nullptr, kept, scratch, p, p + b, p + x, dt, dA, nullptr, rope, n, tiles,
                                      nullptr);
                   },
-                  in + out, operations,
+                  Cost{in + out, operations},
                   [&] {
                       ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, scratch, dy, nullptr, p, p + b, p + x, dt, dA,
                                       kept, rope, n, tiles, nullptr);
                   },
-                  2 * in + out, 2 * operations);
+                  Cost{2 * in + out, 2 * operations});
           });
 }
 
@@ -6797,9 +6799,9 @@ void Bench::attention() {
               Random<float> lse(rows_ * H), stats(2 * r.B * H * padded_stats(T));
               const double in = double(rows_ * (H + 2 * Hkv) * P) * sizeof(A), out = double(rows_ * H * P) * sizeof(A),
                            operations = 2 * double(rows_ * H * P) * double(T + 1);
-              time([&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); }, in + out, operations,
+              time([&] { attention_forward<A>(y, lse, p, p + k, p + v, n, 0, nullptr); }, Cost{in + out, operations},
                    [&] { attention_backward<A>(d, d + k, d + v, stats, dy, p, p + k, p + v, y, lse, n, nullptr); },
-                   2 * in + 2 * out, 2.5 * operations);
+                   Cost{2 * in + 2 * out, 2.5 * operations});
           });
 }
 
