@@ -2352,8 +2352,7 @@ struct SsdCut {
     __host__ __device__ bool few() const { return groups < ranges; }
     __host__ __device__ bool chained() const { return !few() && groups % ranges != 0; }
     __host__ __device__ int pairs() const { return groups * abreast; }
-    int blocks() const { return ranges * abreast; }
-    int slots() const { return blocks() + abreast; }  // of states at borders
+    int blocks() const { return ranges * abreast; }  // each has a place in `borders`, for the state that it begins with
     __device__ int64 range(int i, int of) const { return int64(groups) * chunks * i / of; }
 };
 // A chunk of a block's work, in the order of the sweep: `step` of `pair`, before `end`, where the block's part of the pair
@@ -3007,7 +3006,7 @@ static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
     if (!t.fast) return 0;
     const SsdCut cut = ssd_cut(n, t);
     const int64 PN = n.P * n.N;
-    return cut.slots() * (PN + 4) + (cut.few() ? cut.pairs() * PN + cut.blocks() * kSsdParts * (PN + 1) : 0);
+    return cut.blocks() * (PN + 4) + (cut.few() ? cut.pairs() * PN + cut.blocks() * kSsdParts * (PN + 1) : 0);
 }
 // Calls f(N, team), as types, for the fast form that fits.
 template <class F>
@@ -3026,9 +3025,10 @@ static SsdEnds ssd_prepare(const char* name, const float* first, float* last, fl
                            const bf16* fp, int64 ld_p, const SsdInput<bf16>& in, const SsdCut& cut,
                            cudaStream_t stream) {
     const int64 PN = in.n.P * N, ranges = cut.blocks() * kSsdParts;
-    float *behind = borders + cut.slots() * PN, *states = behind + cut.pairs() * PN, *log_decays = states + ranges * PN;
+    float *behind = borders + cut.blocks() * PN, *states = behind + cut.pairs() * PN,
+          *log_decays = states + ranges * PN;
     int* flags = reinterpret_cast<int*>(behind);
-    if (cut.chained()) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * cut.slots()) * sizeof(int), stream));
+    if (cut.chained()) CHECK_CUDA(cudaMemsetAsync(flags, 0, size_t(4 * cut.blocks()) * sizeof(int), stream));
     if (!cut.few()) return {first, last, borders, flags};
     launch(name, ssd_states_kernel<N, team, kReverse>, ranges, 256, sizeof(SsdShared<N, team, 3>), stream, states,
            log_decays, fn, fp, ld_p, in, cut);
