@@ -141,6 +141,12 @@ static void launch(const char* name, void (*kernel)(P...), int64 blocks, int thr
     launch<P...>(false, name, kernel, blocks, threads, shared, stream, arguments...);
 }
 
+// Calls f with the one of `numbers` that n equals, as a type: a number at compile time.
+template <int... numbers, class F>
+static void with_number(int64 n, F f) {
+    (void)((n == numbers && (f(std::integral_constant<int, numbers>()), true)) || ...);
+}
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 template <class A>
@@ -1672,17 +1678,12 @@ static Maps make_maps(const A* q, const A* k, const A* v, const A* dy, const Att
 // begin at multiples of 16 bytes.
 template <class A, class F>
 static void attention_form(const A* q, const A* k, const A* v, const A* dy, const AttentionShape& n, const F& f) {
-    using std::integral_constant;
-    const auto with = [&](auto team) {
-        if (n.P <= 64) f(integral_constant<int, 64>(), team);
-        else f(integral_constant<int, 128>(), team);
-    };
-    if constexpr (std::is_same<A, bf16>::value) {
-        const bool aligned = (uintptr_t(q) | uintptr_t(k) | uintptr_t(v) | uintptr_t(dy)) % 16 == 0 &&
-                             (n.P | n.ld_q | n.ld_kv | n.seq_kv) % 8 == 0;
-        if (aligned && has_wgmma()) return with(integral_constant<int, 4>());
-    }
-    with(integral_constant<int, 1>());
+    const bool aligned = (uintptr_t(q) | uintptr_t(k) | uintptr_t(v) | uintptr_t(dy)) % 16 == 0 &&
+                         (n.P | n.ld_q | n.ld_kv | n.seq_kv) % 8 == 0;
+    with_number<64, 128>(n.P <= 64 ? 64 : 128, [&](auto kP) {
+        if constexpr (std::is_same<A, float>::value) f(kP, std::integral_constant<int, 1>());
+        else with_number<1, 4>(aligned && has_wgmma() ? 4 : 1, [&](auto team) { f(kP, team); });
+    });
 }
 // `before` keys come before the first query.
 template <class A>
@@ -3011,13 +3012,7 @@ static int64 ssd_scratch(const SsdShape& n, const SsdTiles& t) {
 // Calls f(N, team), as types, for the fast form that fits.
 template <class F>
 static void ssd_form(int64 N, F f) {
-    using std::integral_constant;
-    const auto with = [&](auto kN) {
-        if (has_wgmma()) f(kN, integral_constant<int, 4>());
-        else f(kN, integral_constant<int, 1>());
-    };
-    if (N == 128) with(integral_constant<int, 128>());
-    else with(integral_constant<int, 64>());
+    with_number<64, 128>(N, [&](auto kN) { with_number<1, 4>(has_wgmma() ? 4 : 1, [&](auto team) { f(kN, team); }); });
 }
 // Before a fast sweep: clears the flags of its borders, or fills the borders.
 template <int N, int team, bool kReverse>
@@ -3147,17 +3142,11 @@ struct RawPack {
         if constexpr (kBytes == 8) asm volatile("" : "+r"(bits.x), "+r"(bits.y));
     }
 };
-// Calls body(W, K), as compile-time numbers.
-template <int W, int K, class F>
-static bool template_numbers(const RowCut& cut, F body) {
-    if (cut.W != W || cut.K != K) return false;
-    body(std::integral_constant<int, W>(), std::integral_constant<int, K>());
-    return true;
-}
+// Calls body(W, K), as types.
 template <class F>
 static void with_row_cut(const RowCut& cut, F body) {
-    template_numbers<1, 8>(cut, body) || template_numbers<1, 32>(cut, body) || template_numbers<4, 2>(cut, body) ||
-        template_numbers<4, 4>(cut, body) || template_numbers<4, 6>(cut, body) || template_numbers<4, 8>(cut, body);
+    if (cut.W == 1) with_number<8, 32>(cut.K, [&](auto K) { body(std::integral_constant<int, 1>(), K); });
+    else with_number<2, 4, 6, 8>(cut.K, [&](auto K) { body(std::integral_constant<int, 4>(), K); });
 }
 
 // Sum over the threads of a row: `warps` warps (a power of 2). With more than one, all of the block must call it. Two
