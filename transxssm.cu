@@ -286,8 +286,7 @@ class Blas {
         const cublasStatus_t s = cublasLtMatmul(handle, p.op, &alpha, b, p.b, a, p.a, &beta, c, p.c, c, p.c,
                                                 &p.algorithm, workspace, kWorkspace, stream);
         if (s != CUBLAS_STATUS_SUCCESS)
-            fail("cuBLASLt: %s, (%lld,%lld) = (%lld,%lld) (%lld,%lld): %s", name, (long long)M, (long long)N,
-                 (long long)M, (long long)K, (long long)K, (long long)N, cublasLtGetStatusString(s));
+            fail("cuBLASLt: %s, %s: %s", name, product_text(M, N, K).c_str(), cublasLtGetStatusString(s));
         if (profile) profile->mark(name, stream);
     }
 
@@ -298,10 +297,12 @@ class Blas {
             const auto& [type_c, type_ab, la, lb, M, N, K, lda, ldb, ldc, accumulate, align_a, align_b, align_c] =
                 p.first;
             const auto text = [](int type) { return type == CUDA_R_32F ? "fp32" : "bf16"; };
-            list.push_back(format("%s (%lld,%lld) %s %s (%lld,%lld)%s (%lld,%lld)%s: algorithm %d, tile %d, split %d",
-                                  text(type_c), (long long)M, (long long)N, accumulate ? "+=" : "=", text(type_ab),
-                                  (long long)M, (long long)K, la == Layout::transposed ? "'" : "", (long long)K,
-                                  (long long)N, lb == Layout::transposed ? "'" : "",
+            const auto matrix = [](Layout l, const Shape& shape) {
+                return to_text(shape) + (l == Layout::transposed ? "'" : "");
+            };
+            list.push_back(format("%s %s %s %s %s %s: algorithm %d, tile %d, split %d", text(type_c),
+                                  to_text({M, N}).c_str(), accumulate ? "+=" : "=", text(type_ab),
+                                  matrix(la, {M, K}).c_str(), matrix(lb, {K, N}).c_str(),
                                   attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_ID),
                                   attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID),
                                   attribute(p.second.algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM)));
@@ -324,6 +325,9 @@ class Blas {
     template <class T>
     static int type() {
         return std::is_same<T, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    }
+    static std::string product_text(int64 M, int64 N, int64 K) {
+        return to_text({M, N}) + " = " + to_text({M, K}) + " " + to_text({K, N});
     }
     static int alignment(const void* p) {  // the largest power of two that divides the address, up to 256
         int n = 256;
@@ -386,9 +390,8 @@ class Blas {
             cublasLtMatmulAlgoGetHeuristic(handle, p.op, p.b, p.a, p.c, p.c, preference, 8, found, &count);
         cublasLtMatmulPreferenceDestroy(preference);
         if (s != CUBLAS_STATUS_SUCCESS || count < 1)
-            fail("cuBLASLt: no algorithm for (%lld,%lld) = (%lld,%lld) (%lld,%lld), row strides %lld, %lld, %lld: %s",
-                 (long long)M, (long long)N, (long long)M, (long long)K, (long long)K, (long long)N, (long long)ldc,
-                 (long long)lda, (long long)ldb, cublasLtGetStatusString(s));
+            fail("cuBLASLt: no algorithm for %s, row strides %lld, %lld, %lld: %s", product_text(M, N, K).c_str(),
+                 (long long)ldc, (long long)lda, (long long)ldb, cublasLtGetStatusString(s));
         p.algorithm = found[0].algo;
         for (const int tile : preferred_tiles(type_c, M, N, K))
             for (int i = 0; i < count; ++i)
