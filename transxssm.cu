@@ -719,18 +719,18 @@ static void embedding_backward(float* dembed, const A* dx, const int32_t* tokens
            start, D);
 }
 // The host's part: rows sorted by token (stable), and where each distinct token begins. Returns how many there are.
-static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* start, const std::vector<int32_t>& tokens,
+static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* start, const int32_t* tokens, int64 rows,
                            int64 V) {
     std::vector<int32_t> first(size_t(V + 1), 0);
-    for (const int32_t t : tokens) ++first[size_t(t) + 1];
+    for (int64 r = 0; r < rows; ++r) ++first[size_t(tokens[r]) + 1];
     start->clear();
     for (int64 v = 0; v < V; ++v) {
         if (first[size_t(v) + 1] > 0) start->push_back(first[size_t(v)]);
         first[size_t(v) + 1] += first[size_t(v)];
     }
-    start->push_back(int32_t(tokens.size()));
-    order->resize(tokens.size());
-    for (size_t r = 0; r < tokens.size(); ++r) (*order)[size_t(first[size_t(tokens[r])]++)] = int32_t(r);
+    start->push_back(int32_t(rows));
+    order->resize(size_t(rows));
+    for (int64 r = 0; r < rows; ++r) (*order)[size_t(first[size_t(tokens[r])]++)] = int32_t(r);
     return int64(start->size()) - 1;
 }
 
@@ -5541,7 +5541,7 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
     see(-1, "losses", losses, {B, T});
     // While the GPU works: for the embedding's gradient.
     std::vector<int32_t> host_order, host_start;
-    distinct = sort_by_token(&host_order, &host_start, std::vector<int32_t>(tokens_in, tokens_in + rows), c.V);
+    distinct = sort_by_token(&host_order, &host_start, tokens_in, rows, c.V);
     upload(order, host_order.data(), rows);
     upload(start, host_start.data(), distinct + 1);
     double total = 0;
@@ -6209,7 +6209,7 @@ void embedding_forward(Precision p, float* x, const int32_t* tokens, const float
 void embedding_backward(Precision p, float* dembed, const float* dx, const int32_t* tokens, int64 rows, int64 D,
                         int64 V) {
     std::vector<int32_t> order, start;
-    const int64 distinct = sort_by_token(&order, &start, std::vector<int32_t>(tokens, tokens + rows), V);
+    const int64 distinct = sort_by_token(&order, &start, tokens, rows, V);
     twin(p, [&](auto& a, auto& f) {
         embedding_backward(f.inout(dembed, V * D), a.in(dx, rows * D), f.integers(tokens, rows),
                            f.integers(order.data(), rows), f.integers(start.data(), distinct + 1), distinct, D,
