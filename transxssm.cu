@@ -586,9 +586,9 @@ struct Rows<float, K> {
         __syncwarp();
     }
 };
-// Elements of shared memory that the warps' patches take.
+// Elements of shared memory that a warp's patch takes: two operands of 16 x 16.
 template <class A>
-constexpr int kPatch = std::is_same<A, float>::value ? 16 * (64 + kTilePad<float>) : 0;
+constexpr int kPatch = std::is_same<A, float>::value ? 2 * 16 * (16 + kTilePad<float>) : 0;
 
 template <Layout lb, int K, int NT>
 __device__ inline void multiply(Accumulator<NT>& acc, const Rows<bf16, K>& a, const bf16* b, int ldb) {
