@@ -3535,7 +3535,7 @@ __device__ inline void store_words(bf16* to, const uint32_t (&w)[4]) {
 }
 #endif
 
-// y: gate_up, backward its gradient. K: the inner dimension.
+// y: gate_up, backward its gradient. h: forward, null if it is not wanted. K: the inner dimension.
 template <bool kBackward>
 __global__ void WGMMA(__cluster_dims__(2)) __launch_bounds__(kGluThreads, 1)
     glu_kernel(bf16* y, bf16* h, const __grid_constant__ GluMaps maps, int64 rows, int64 F, int64 K) {
@@ -3680,7 +3680,7 @@ __global__ void WGMMA(__cluster_dims__(2)) __launch_bounds__(kGluThreads, 1)
                             store_words(y + r * 2 * F + c, g);
                             store_words(y + r * 2 * F + F + c, u);
                         }
-                        if (inside) store_words(h + r * F + c, d);
+                        if (inside && (kBackward || h)) store_words(h + r * F + c, d);
                     }
                 if (kBackward) tell_free<false>(&s.given_free[team][i % 2]);
                 if (kBackward && i % 2) given_phase ^= 1;
@@ -3708,13 +3708,13 @@ static bool glu(A* y, A* h, const A* left, const A* right, const A* gate_up, int
     }
     return false;
 }
-// gate_up (rows,2F) = x (rows,D) W^T;  h = swiglu(gate_up)
+// gate_up (rows,2F) = x (rows,D) W^T;  h = swiglu(gate_up), unless it is null
 template <class A>
 static void gate_up_forward(Blas& blas, A* h, A* gate_up, const A* x, const A* w, int64 rows, int64 D, int64 F,
                             cudaStream_t stream) {
     if (glu<false, A>(gate_up, h, x, w, nullptr, rows, D, F, stream)) return;
     linear_forward(blas, gate_up, 2 * F, x, w, rows, D, 2 * F, stream);
-    swiglu_forward(h, gate_up, rows, F, stream);
+    if (h) swiglu_forward(h, gate_up, rows, F, stream);
 }
 // From the gradient dy (rows,D) of h W_down^T, W_down (D,F): dgate_up, and h.
 template <class A>
@@ -5578,8 +5578,8 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
     see(-1, "final_norm", u_final, {B, T, D});
 }
 
-// x, u1 -> y, x_mid, u2, gate_up: with x and u1 all that the layer's backward pass reads; and the feed-forward's hidden,
-// which it makes again
+// x, u1 -> y, x_mid, u2, gate_up: with x and u1 all that the layer's backward pass reads; and the feed-forward's hidden
+// (null: not wanted), which that one makes again
 template <class A>
 void Model<A>::layer_forward(int64 i, CudaState<A>* state, Position before, A* hidden) {
     const Config& c = config;
@@ -5604,7 +5604,7 @@ void Model<A>::remake(int64 i) {
     LayerActivations<A>& a = layers[size_t(i)];
     residual_norm_forward<A>(nullptr, a.u1, a.rstd1, a.x, nullptr, nullptr, w(Param::norm1, i), config.norm_eps, {},
                              B * T, config.D, stream);
-    layer_forward(i, nullptr, 0, h);
+    layer_forward(i, nullptr, 0, nullptr);
 }
 
 template <class A>
