@@ -89,19 +89,15 @@ struct Profile {
 };
 static Profile* profile = nullptr;
 
-static int multiprocessors() {
-    int device = 0, count = 0;
+static int device_attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
     CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
+    CHECK_CUDA(cudaDeviceGetAttribute(&value, which, device));
+    return value;
 }
+static int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 // Shared memory that a block may ask for, in bytes.
-static int64 shared_memory_per_block() {
-    int device = 0, bytes = 0;
-    CHECK_CUDA(cudaGetDevice(&device));
-    CHECK_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return bytes;
-}
+static int64 shared_memory_per_block() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 template <class T>
 struct Same {
