@@ -4987,10 +4987,15 @@ class Memory {
         }
         bytes = n;
     }
+    template <class T>
+    T* make(int64 n, const char* what) {  // room for n numbers of type T
+        resize(size_t(n) * sizeof(T), what);
+        return at<T>();
+    }
     size_t size() const { return bytes; }
     template <class T = char>
-    T* at(size_t offset = 0) const {
-        return reinterpret_cast<T*>(static_cast<char*>(base) + offset);
+    T* at() const {
+        return static_cast<T*>(base);
     }
 
   private:
@@ -5003,18 +5008,18 @@ template <class T>
 static void to_device(T* to, const float* host, int64 n, cudaStream_t stream) {
     if (n == 0) return;
     Memory staging;
-    staging.resize(size_t(n) * sizeof(float), "a copy");
-    CHECK_CUDA(cudaMemcpyAsync(staging.at(), host, staging.size(), cudaMemcpyHostToDevice, stream));
-    launch("convert", convert_kernel<T, float>, ceil_div(n, 256), 256, 0, stream, to, staging.at<float>(), n);
+    float* wide = staging.make<float>(n, "a copy");
+    CHECK_CUDA(cudaMemcpyAsync(wide, host, staging.size(), cudaMemcpyHostToDevice, stream));
+    launch("convert", convert_kernel<T, float>, ceil_div(n, 256), 256, 0, stream, to, wide, n);
     CHECK_CUDA(cudaStreamSynchronize(stream));
 }
 template <class T>
 static void to_host(float* host, const T* from, int64 n, cudaStream_t stream) {
     if (n == 0) return;
     Memory staging;
-    staging.resize(size_t(n) * sizeof(float), "a copy");
-    launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, stream, staging.at<float>(), from, n);
-    CHECK_CUDA(cudaMemcpyAsync(host, staging.at(), staging.size(), cudaMemcpyDeviceToHost, stream));
+    float* wide = staging.make<float>(n, "a copy");
+    launch("convert", convert_kernel<float, T>, ceil_div(n, 256), 256, 0, stream, wide, from, n);
+    CHECK_CUDA(cudaMemcpyAsync(host, wide, staging.size(), cudaMemcpyDeviceToHost, stream));
     CHECK_CUDA(cudaStreamSynchronize(stream));
 }
 
@@ -5144,7 +5149,7 @@ class Model {
         Memory& b = buffers[int(which)];
         if (b.size() == 0) {
             // and room for the padding of the last matrix's gradient (linear_backward_weight)
-            b.resize(size_t(table.count + 32 * config.D) * sizeof(float), names[int(which)]);
+            b.make<float>(table.count + 32 * config.D, names[int(which)]);
             CHECK_CUDA(cudaMemsetAsync(b.at(), 0, b.size(), stream));
         }
         return b.at<float>();
@@ -5306,7 +5311,7 @@ Model<A>::Model(const Config& c, bool recompute_layers)
     }
     add(c.tie ? Param::word_embed : Param::lm_head, -1, c.V, c.D, padded8(c.V));
     if (kCopy) {
-        copy.resize(size_t(copy_count) * sizeof(A), "the rounded weights");
+        copy.make<A>(copy_count, "the rounded weights");
         CHECK_CUDA(cudaMemsetAsync(copy.at(), 0, copy.size(), stream));
     }
     // Which parameters have a copy: those inside a matrix.
@@ -5323,7 +5328,7 @@ Model<A>::Model(const Config& c, bool recompute_layers)
                             s.decay ? 1 : 0});
     }
     adamw_tile_count = int64(list.size());
-    adamw_tiles.resize(list.size() * sizeof(AdamWTile), "a list of parameters");
+    adamw_tiles.make<AdamWTile>(adamw_tile_count, "a list of parameters");
     CHECK_CUDA(cudaMemcpy(adamw_tiles.at(), list.data(), adamw_tiles.size(), cudaMemcpyHostToDevice));
     buffer(Buffer::weights);
 }
@@ -5773,7 +5778,7 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     see(i, "ssd.dA", a.dA, {B, T, H});
     float* S = past ? past->S : nullptr;
     Memory final_state;  // training does not need it
-    if (probe && !past) final_state.resize(size_t(B * H * P * N) * sizeof(float), "the final state");
+    if (probe && !past) final_state.make<float>(B * H * P * N, "the final state");
     ssd_forward<A>(a.y, past ? S : final_state.at<float>(), past ? nullptr : a.chunk_states, segment_scratch, sc, sb,
                    sx, a.dt, a.dA, S, {cos_cb, sin_cb, before}, n, tiles, stream);
     see(i, "ssd.y", a.y, {B, T, H, P});
@@ -5857,8 +5862,8 @@ void Model<A>::mixer_backward(int64 i) {
         see_gradient(i, "ssd.y", dy, {B, T, H, P});
         Memory dS_T;  // of the final state: zero, but for a probe
         if (const float* cotangent = probe ? probe->final_state_cotangent(i) : nullptr) {
-            dS_T.resize(size_t(B * H * P * N) * sizeof(float), "a cotangent");
-            CHECK_CUDA(cudaMemcpy(dS_T.at(), cotangent, dS_T.size(), cudaMemcpyHostToDevice));
+            float* to = dS_T.make<float>(B * H * P * N, "a cotangent");
+            CHECK_CUDA(cudaMemcpy(to, cotangent, dS_T.size(), cudaMemcpyHostToDevice));
         }
         ssd_backward<A>(d, d + b, d + x, ddt, ddA, nullptr, segment_scratch, dy, dS_T.at<float>(), proj, proj + b,
                         proj + x, a.dt, a.dA, a.chunk_states, {cos_cb, sin_cb, 0}, n, tiles, stream);
@@ -5897,8 +5902,7 @@ void Model<A>::see_rotated(const char* kind, int64 i, const A* proj, int64 ld) {
     const Config& c = config;
     const int64 H = c.H, N = c.N, P = c.P();
     Memory memory;
-    memory.resize(size_t(B * T * ld) * sizeof(A), "a copy");
-    A* turned = memory.at<A>();
+    A* turned = memory.make<A>(B * T * ld, "a copy");
     CHECK_CUDA(cudaMemcpyAsync(turned, proj, memory.size(), cudaMemcpyDeviceToDevice, stream));
     if (c.is_attention(i)) {
         const int64 k = H * P, v = k + c.Hkv * P;
@@ -5937,7 +5941,7 @@ template <class A>
 double Model<A>::gradient_norm() {
     // Blocks of fixed size, so that the order of the sum does not depend on the GPU.
     const int64 block = 1 << 16, blocks = ceil_div(table.count, block);
-    if (scratch.size() == 0) scratch.resize(size_t(blocks) * sizeof(double), "a sum");
+    if (scratch.size() == 0) scratch.make<double>(blocks, "a sum");
     launch("gradient_norm", sum_of_squares_kernel, blocks, 256, 0, stream, scratch.at<double>(),
            buffer(Buffer::gradients), table.count, block);
     double total = 0;
@@ -5956,14 +5960,14 @@ template <class A>
 std::string Model<A>::find_non_finite() {
     using Index = unsigned long long;
     Memory where;
-    where.resize(sizeof(Index), "an index");
+    Index* first = where.make<Index>(1, "an index");
     std::string bad;
     const auto look = [&](const std::string& name, const auto* v, int64 rows, int64 width, int64 ld) {
         if (!bad.empty() || !v) return;
-        CHECK_CUDA(cudaMemsetAsync(where.at(), 0xFF, where.size(), stream));
+        CHECK_CUDA(cudaMemsetAsync(first, 0xFF, sizeof *first, stream));
         launch("find_non_finite", first_bad_kernel<std::remove_cv_t<std::remove_pointer_t<decltype(v)>>>, 1024, 256, 0,
-               stream, where.at<Index>(), v, rows, width, ld);
-        const Index i = on_host(where.at<Index>(), 1)[0];
+               stream, first, v, rows, width, ld);
+        const Index i = on_host(first, 1)[0];
         if (i == ~Index(0)) return;
         const float value = float(on_host(v + int64(i) / width * ld + int64(i) % width, 1)[0]);
         bad = format("%s, element %llu, is %s", name.c_str(), i, std::isnan(value) ? "nan" : "infinite");
@@ -6152,9 +6156,9 @@ class Arrays {
     template <class X>
     X* room(int64 n) {
         Memory& m = memory.emplace_back();
-        m.resize(size_t(std::max<int64>(1, n)) * sizeof(X), "a test");
-        CHECK_CUDA(cudaMemset(m.at(), 0, m.size()));
-        return m.at<X>();
+        X* to = m.make<X>(std::max<int64>(1, n), "a test");
+        CHECK_CUDA(cudaMemset(to, 0, m.size()));
+        return to;
     }
     T* place(const float* from, float* back, int64 n) {
         T* to = room<T>(n);
@@ -6465,10 +6469,7 @@ static void randomize(A* x, int64 n, float low = -1, float high = 1) {
 }
 template <class A>
 struct Random : Memory {
-    explicit Random(int64 n, float low = -1, float high = 1) {
-        resize(size_t(n) * sizeof(A), "a test");
-        randomize(at<A>(), n, low, high);
-    }
+    explicit Random(int64 n, float low = -1, float high = 1) { randomize(make<A>(n, "a test"), n, low, high); }
     operator A*() const { return at<A>(); }
 };
 
