@@ -602,7 +602,8 @@ __device__ inline void multiply(Accumulator<NT>& acc, const Rows<bf16, K>& a, co
         }
 }
 
-// 16 bytes from memory to an address in shared memory, in the background until copies_done(); not `inside`: zeros.
+// 16 bytes from memory to an address in shared memory, in the background until copies_done(). If they are not `inside`,
+// none is read, and zeros are written.
 __device__ inline void copy16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -1057,6 +1058,7 @@ struct Source {
                 copy16(at + r * to.ld * int(sizeof(A)), r < inside ? source : from, r < inside);
     }
 };
+// A box of a tensor (make_map) from these coordinates on: one thread asks, the barrier counts the bytes.
 __device__ inline void copy_box(uint32_t to, const CUtensorMap* map, int c, int h, int row, int b, uint32_t barrier) {
     WGMMA(
         asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
