@@ -140,7 +140,8 @@ static void launch(const char* name, void (*kernel)(P...), int64 blocks, int thr
 // Calls f with the one of `numbers` that n equals, as a type: a number at compile time.
 template <int... numbers, class F>
 static void with_number(int64 n, F f) {
-    (void)((n == numbers && (f(std::integral_constant<int, numbers>()), true)) || ...);
+    if (!((n == numbers && (f(std::integral_constant<int, numbers>()), true)) || ...))
+        fail("GPU: there is no kernel for %lld", (long long)n);
 }
 
 __device__ inline float to_float(float x) { return x; }
