@@ -4340,19 +4340,26 @@ __device__ inline Word peek(const Word* from) {
         : "memory");
     return w;
 }
-__device__ inline Word receive(const Word* from, uint32_t tag) {
-    Word w = peek(from);
-    while (w.tag != tag) w = peek(from);
-    return w;
-}
-// Several: all are asked for before the first is waited for.
+// Several, whichever is missing asked for again; null: none.
 template <int K>
 __device__ inline void receive(Word (&w)[K], const Word* const (&from)[K], uint32_t tag) {
+    bool missing;
 #pragma unroll
-    for (int i = 0; i < K; ++i) w[i] = peek(from[i]);
+    for (int i = 0; i < K; ++i) w[i].tag = from[i] ? ~tag : tag;
+    do {
+        missing = false;
 #pragma unroll
-    for (int i = 0; i < K; ++i)
-        while (w[i].tag != tag) w[i] = peek(from[i]);
+        for (int i = 0; i < K; ++i)
+            if (w[i].tag != tag) {
+                w[i] = peek(from[i]);
+                missing = true;
+            }
+    } while (missing);
+}
+__device__ inline Word receive(const Word* from, uint32_t tag) {
+    Word w[1];
+    receive(w, {from}, tag);
+    return w[0];
 }
 __device__ inline void keep(uint32_t* to, const Word& w) {
     to[0] = w.a;
@@ -4367,8 +4374,11 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
-static constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps, kTokenSequences = 2, kTokenTiles = 3;
-static constexpr int kTokenCopies = 4, kTokenBarriers = 64;
+static constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps, kTokenLaunch = kTokenThreads + 128;
+static constexpr int kTokenSequences = 2, kTokenCopies = 4, kTokenBarriers = 64;
+static constexpr int kTokenTiles = 3, kTokenSteps = 6;                  // what a warp holds of a matrix, 16 x 16 each
+static constexpr int kTokenZeros = 32 * kTokenTiles * kTokenSteps;      // bytes
+static constexpr int kSumRow = kTokenWarps + 4;  // numbers from sum to sum, so that they lie in different banks
 static constexpr int kTokenStage = 64;  // words that two rows of an SSD layer's y are made of, at most
 
 struct TokenLayer {  // where a layer's parameters and state lie
@@ -4381,7 +4391,7 @@ struct TokenPlan {
     int B, D, F, L, H, Hkv, P, N, V, splits, blocks;
     int in_width[2];  // of an SSD layer, of an attention layer
     int64 capacity;
-    float eps;
+    float eps, inverse_d;
     bool decay;
     // Words: kTokenCopies times x | y | mid | h | proj, which the products read (x twice: the head does, too), then best and
     // partial
@@ -4391,7 +4401,7 @@ struct TokenPlan {
     int row_d = 0, row_f = 0;  // from row to row of a matrix: D or F numbers, and 16 bytes more
     int matrix_at[5] = {};     // within the weights
     int slots = 0;             // tiles of the head, five units each, that fit in their place
-    int weights_at = 0, x_at = 0, x_row = 0, sums_at = 0, scratch_at = 0, shared = 0;
+    int weights_at = 0, zeros_at = 0, x_at = 0, x_row = 0, sums_at = 0, scratch_at = 0, shared = 0;
 };
 struct TokenArgs {
     const TokenLayer* layers;
@@ -4416,7 +4426,7 @@ struct TokenControl {
         int b, unit, row;
     } y[kTokenWarps];  // which two rows of y a warp makes; b < 0: none
     uint32_t pairs[kTokenWarps];
-    float squares[kTokenWarps];
+    alignas(32) float squares[kTokenWarps];
     int32_t tokens[kTokenSequences];
     int used;  // matrices and tiles whose place is free again
 };
@@ -4432,7 +4442,7 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
     if (!fits) return false;
     *t = {int(B),     int(c.D),          int(c.F),   int(c.L), int(c.H), int(c.Hkv),
           int(c.P()), int(c.N),          int(c.V),   0,        blocks,   {int(c.ssd_width()), int(c.attn_width())},
-          capacity,   float(c.norm_eps), c.ssd_decay};
+          capacity,   float(c.norm_eps), 1 / float(c.D), c.ssd_decay};
     // Every block has units of h and of every projection, or it could be left behind.
     blocks = t->blocks = std::min({blocks, sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
     // For 132 multiprocessors, whatever the GPU: the order of attention's sums depends on it.
@@ -4464,10 +4474,11 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
 
     const int lanes = c.P() > 64 ? 16 : 8;
     t->weights_at = int(round_up(int64(sizeof(TokenControl) + sizeof(TokenLayer) * size_t(c.L)), 128));
-    t->x_at = t->weights_at + weights;
+    t->zeros_at = t->weights_at + weights;
+    t->x_at = t->zeros_at + kTokenZeros;
     t->x_row = 2 * std::max(t->D, t->F) + 16;
     t->sums_at = t->x_at + int(B) * t->x_row;
-    t->scratch_at = t->sums_at + 4 * kTokenWarps * int(B) * std::max(*std::max_element(rows, rows + 4), 30);
+    t->scratch_at = t->sums_at + 4 * kSumRow * int(B) * std::max(*std::max_element(rows, rows + 4), 30);
     t->shared = t->scratch_at +
                 std::max(kTokenWarps * kTokenStage * 12, 3 * kTokenStage * 12 + kTokenWarps * (8 * lanes + 2) * 4);
     return t->shared <= shared_limit;
@@ -4497,7 +4508,7 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
         }
         token_barrier();  // q, k and v are there
         const int64 at = b * n.capacity * kv_row + hkv * n.P;
-        OnlineSoftmax mean = attend<kLanes, true, 2>(
+        OnlineSoftmax mean = attend<kLanes, true, 4>(
             l.k + at, l.v + at, kv_row, numbers + at_q % 6, numbers + kTokenStage * 6 + at_k % 6,
             numbers + 2 * kTokenStage * 6 + at_v % 6, g.cos_qk, g.sin_qk, past, split, n.splits, h % (n.H / n.Hkv) == 0,
             thread / kLanes, kTokenThreads / kLanes, e, n.P);
@@ -4525,7 +4536,7 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
 
 // kLanes: lanes that share a key of attention, 8 of its P numbers each.
 template <int kLanes>
-__global__ void __launch_bounds__(kTokenThreads + 32, 1)
+__global__ void __launch_bounds__(kTokenLaunch, 1)
     token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && CUDART_VERSION >= 12030  // the first that knows 128-bit words
     extern __shared__ __align__(16) unsigned char shared[];
@@ -4540,8 +4551,10 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
     unsigned char* scratch = shared + n.scratch_at;
     const int tile_bytes = 30 * n.row_d;
 
-    for (int i = thread; i < n.L * int(sizeof(TokenLayer) / 8); i += kTokenThreads + 32)
+    for (int i = thread; i < n.L * int(sizeof(TokenLayer) / 8); i += kTokenLaunch)
         reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(g.layers)[i];
+    for (int i = thread; i < kTokenZeros / 4; i += kTokenLaunch)
+        reinterpret_cast<uint32_t*>(shared + n.zeros_at)[i] = 0;
     if (thread < kTokenBarriers)
         asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(control.arrived + thread)) : "memory");
     if (thread < B) control.tokens[thread] = g.tokens[thread];
@@ -4561,12 +4574,14 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the barriers, for the copies
     __syncthreads();                                              // the last one with all warps
 
-    if (warp == kTokenWarps) {
+    if (warp >= kTokenWarps) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (warp > kTokenWarps) return;
         // ---- The copying warp: matrices and tiles in the order of their use, a lane per row
         const Share own = control.own, own_h = control.own_h, head = control.head;
         const int tiles = (head.count + 4) / 5;
-        constexpr int kWindow = 2;
-        int pieces = 0, base = 0;  // pieces begun; matrices and tiles of the steps before
+        constexpr int kWindow = 2, kHeadWindow = 5;
+        int window = kWindow, pieces = 0, base = 0;  // pieces under way at most; begun; matrices and tiles of the steps before
         const auto room = [&](int need) {
             while (*used < need) {
             }
@@ -4578,7 +4593,7 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
             for (int u = 0; u < units; ++u, to += 6 * (2 * K + 16))
 #pragma unroll 1
                 for (int c = 0; c < K; c += n.D, ++pieces) {
-                    const int before = pieces - kWindow, bytes = 2 * min(n.D, K - c);
+                    const int before = pieces - window, bytes = 2 * min(n.D, K - c);
                     if (before >= 0) await(control.arrived + before % kTokenBarriers, before / kTokenBarriers);
                     uint64_t* barrier = control.arrived + pieces % kTokenBarriers;
                     if (lane == 0) expect_bytes(barrier, 6 * bytes);
@@ -4598,6 +4613,7 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
                 const TokenLayer& l = layers[i];
                 const float* small = block == 0 ? l.norm1 : block == 1 ? l.norm2 : block == 2 ? l.res1 : l.res2;
                 for (int c = 32 * lane; c < n.D && block < 4; c += 1024) prefetch(small + c);
+                if (block == 4 && l.S && lane < 2) prefetch(lane ? l.dt_bias : l.A_log);
                 const Share in = control.in[l.S ? 0 : 1];
                 const int width = n.in_width[l.S ? 0 : 1];
                 for (int kind = 0; kind < 4; ++kind) {
@@ -4627,6 +4643,7 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
                 }
             }
             base += 4 * n.L;
+            window = kHeadWindow;
             for (int t = 0; t < tiles; ++t) {
                 const int end = (t + 1) * tile_bytes;  // of its place, which the last layer's matrices left
                 const int kind = end <= n.matrix_at[1] ? 0 : end <= n.matrix_at[2] ? 1 : end <= n.matrix_at[3] ? 2 : 3;
@@ -4636,11 +4653,13 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
                 });
             }
             base += tiles;
+            window = kWindow;
         }
         return;
     }
 
     // ---- The other warps
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const Word* mail = g.words + block % kTokenCopies * n.copy_words;  // what this block reads
     const int position = int(g.cursor->position), made = int(g.cursor->made);
     int pieces = 0, done = 0;  // pieces of weights waited for; matrices and tiles used
@@ -4656,20 +4675,20 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
         for (int w0 = reader * 32 + lane; w0 < words; w0 += 2 * step) {  // two at a time
             float2 scale[2][3] = {};
             Word word[2];
+            const Word* where[2];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const int w = w0 + k * step;
-                if (w >= words) break;
+                where[k] = w < words ? from + w : nullptr;
 #pragma unroll
                 for (int j = 0; j < 3; ++j)
                     if (weight && 6 * w + 2 * j < K) scale[k][j] = reinterpret_cast<const float2*>(weight)[3 * w + j];
-                word[k] = peek(from + w);
             }
+            receive(word, where, tag);
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const int w = w0 + k * step;
                 if (w >= words) break;
-                while (word[k].tag != tag) word[k] = peek(from + w);
                 uint32_t pairs[3] = {word[k].a, word[k].b, word[k].c};
                 if (weight)
 #pragma unroll
@@ -4684,56 +4703,72 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
         return square;
     };
     const auto rstd = [&](int b) {
-        float s = 0;
-#pragma unroll
-        for (int w = 0; w < kTokenWarps; ++w) s += (w & (B - 1)) == b ? control.squares[w] : 0.0f;
-        return rsqrtf(s / float(n.D) + n.eps);
+        float s[8];
+        load<8>(s, control.squares);
+        const float even = (s[0] + s[4]) + (s[2] + s[6]), odd = (s[1] + s[5]) + (s[3] + s[7]);
+        return rsqrtf((B == 1 ? even + odd : b == 1 ? odd : even) * n.inverse_d + n.eps);
     };
-    // This warp's columns of `rows` rows times the activations, into sums: (warps, B, rows).
-    const auto product = [&](const unsigned char* matrix, int rows, int K) {
-        constexpr int kSteps = 6;
-        float acc[kTokenTiles][2][4] = {};
-        const int width = K / kTokenWarps, row_bytes = 2 * K + 16;
-        const bool mine = lane / 4 < B;
-        const unsigned char* x = act + lane / 4 * n.x_row + 2 * (warp * width + acc_col());
-        matrix += 2 * (warp * width + lane / 16 * 8);
-#pragma unroll 1
-        for (int k0 = 0; k0 < width; k0 += 16 * kSteps) {
-            uint32_t b[kSteps][2] = {};
+    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16: up to 8 rows twice, the second half of the
+    // columns below the first. A warp loads kTokenTiles x kTokenSteps of them before the activations are there: tile (t,u)
+    // begins at column tile_column, of `columns`, and only exists below that.
+    using Tiles = uint32_t[kTokenTiles][kTokenSteps][4];
+    using Sums = float[kTokenTiles][2][4];
+    const auto twice = [](int rows) { return rows <= 8; };
+    const auto columns = [&](int rows, int K) { return K / kTokenWarps >> twice(rows); };
+    const auto tile_column = [&](int t, int u, int rows) {
+        return 16 * u + (twice(rows) ? 16 * kTokenSteps * t : 16 * t < rows ? 0 : 1 << 20);
+    };
+    const auto load_weights = [&](Tiles& a, const unsigned char* matrix, int rows, int K, int k0) {
+        const int width = columns(rows, K), row_bytes = 2 * K + 16;
+        matrix += 2 * (K / kTokenWarps * warp + (twice(rows) ? lane / 8 % 2 * width : 0) + lane / 16 * 8 + k0);
 #pragma unroll
-            for (int u = 0; u < kSteps; ++u)
-                if (mine && k0 + 16 * u < width) {
-                    b[u][0] = *reinterpret_cast<const uint32_t*>(x + 2 * (k0 + 16 * u));
-                    b[u][1] = *reinterpret_cast<const uint32_t*>(x + 2 * (k0 + 16 * u) + 16);
-                }
+        for (int t = 0; t < kTokenTiles; ++t) {
+            const int row = min(twice(rows) ? lane % 8 : 16 * t + lane % 16, rows - 1);
+            const bf16* from = reinterpret_cast<const bf16*>(matrix + row * row_bytes);
 #pragma unroll
-            for (int t = 0; t < kTokenTiles; ++t)
-                if (16 * t < rows) {  // what lies beyond `width` counts as zero in b
-                    const unsigned char* row = matrix + min(16 * t + lane % 16, rows - 1) * row_bytes + 2 * k0;
-                    uint32_t a[kSteps][4];
-#pragma unroll
-                    for (int u = 0; u < kSteps; ++u)
-                        load_matrices<false>(a[u],
-                                             reinterpret_cast<const bf16*>(row) + (k0 + 16 * u < width ? 16 * u : 0));
-#pragma unroll
-                    for (int u = 0; u < kSteps; ++u) mma16816(acc[t][u % 2], a[u], b[u][0], b[u][1]);
-                }
+            for (int u = 0; u < kTokenSteps; ++u)
+                if (k0 + tile_column(t, u, rows) < width)
+                    load_matrices<false>(a[t][u], from + tile_column(t, u, rows));
         }
-        float* to = sums + warp * rows * B;
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t)
-            if (16 * t < rows)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = 16 * t + acc_row() + i / 2 * 8, b = acc_col() + i % 2;
-                    if (row < rows && b < B) to[b * rows + row] = acc[t][0][i] + acc[t][1][i];
-                }
     };
-    const auto sum_of = [&](int b, int row, int rows) {
-        float s[4] = {};
+    // Columns 2b and 2b + 1 of the other operand are the activations of sequence b, for either half; all others are zeros.
+    const auto multiply_weights = [&](Sums& sum, const Tiles& a, int rows, int K, int k0) {
+        const int width = columns(rows, K), b_of = lane % 8 / 2, half = lane % 2;
+        const bool mine = b_of < B && half <= twice(rows);
+        const bf16* x = reinterpret_cast<const bf16*>(mine ? act + b_of * n.x_row : shared + n.zeros_at) +
+                        (mine ? K / kTokenWarps * warp + half * width + lane / 8 * 8 + k0 : 0);
+        uint32_t b[kTokenSteps / 2][4] = {};
 #pragma unroll
-        for (int w = 0; w < kTokenWarps; ++w) s[w % 4] += sums[(w * B + b) * rows + row];
-        return (s[0] + s[1]) + (s[2] + s[3]);
+        for (int t = 0; t < kTokenTiles; ++t) {
+            if (t == 0 || twice(rows))
+#pragma unroll
+                for (int u = 0; u < kTokenSteps; u += 2)
+                    if (k0 + tile_column(t, u, rows) < width)
+                        load_matrices<false>(b[u / 2], x + 16 * (kTokenSteps * t + u));
+#pragma unroll
+            for (int u = 0; u < kTokenSteps; ++u)
+                if (k0 + tile_column(t, u, rows) < width)
+                    mma16816(sum[t][u % 2], a[t][u], b[u / 2][u % 2 * 2], b[u / 2][u % 2 * 2 + 1]);
+        }
+    };
+    // Into shared memory: (B, rows, warps).
+    const auto leave_sums = [&](const Sums& sum, int rows) {
+        float part[2 * kTokenTiles];  // of row 8 r + lane / 4 and sequence lane % 4
+#pragma unroll
+        for (int r = 0; r < 2 * kTokenTiles; ++r) part[r] = sum[r / 2][0][r % 2 * 2] + sum[r / 2][1][r % 2 * 2];
+        if (twice(rows))
+#pragma unroll
+            for (int t = 0; t < kTokenTiles; ++t) part[0] += (t ? part[2 * t] : 0.0f) + (sum[t][0][3] + sum[t][1][3]);
+#pragma unroll
+        for (int r = 0; r < 2 * kTokenTiles; ++r)
+            if (8 * r + acc_row() < rows && lane % 4 < B)
+                sums[(lane % 4 * rows + 8 * r + acc_row()) * kSumRow + warp] = part[r];
+    };
+    const auto sum_of = [&](const float* parts) {
+        float s[4], t[4];
+        load<4>(s, parts);
+        load<4>(t, parts + 4);
+        return ((s[0] + t[0]) + (s[1] + t[1])) + ((s[2] + t[2]) + (s[3] + t[3]));
     };
     // The units that a block makes of a product are dealt out to groups of six lanes, of the last warps first: unit u of
     // sequence b is number b * stride + u.
@@ -4796,11 +4831,16 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
             if (kind == 4) units = {units.first + 5 * tile, min(5, units.count - 5 * tile)};
             const int per_unit = kind == 2 ? 12 : 6, rows = per_unit * units.count, K = kind == 3 ? n.F : n.D;
             const float* weight = kind == 0 ? l.norm1 : kind == 2 ? l.norm2 : kind == 4 ? g.final_norm : nullptr;
+            // What this lane makes of the product in the end.
+            const int stride = kind == 4 ? 5 : units.count;
+            const Item it = item_of(units.count, stride);
+            const int row = per_unit * it.unit + it.r;
+            const float* parts = sums + (it.b * rows + row) * kSumRow;
+            Word* to = g.words + units.first + it.unit +
+                       (kind == 0 ? n.proj_at + it.b * words_in
+                                  : n.from_at[(kind + 1) % 4] + it.b * (kind == 2 ? sixes(n.F) : words_d));
             float res = 0;
-            if (kind % 2 == 1) {
-                const int column = column_of(item_of(units.count, units.count));
-                if (column >= 0) res = (kind == 1 ? l.res1 : l.res2)[column];
-            }
+            if (kind % 2 == 1 && column_of(it) >= 0) res = (kind == 1 ? l.res1 : l.res2)[column_of(it)];
             if (kind == 1) {
                 // ---- projection -> y
                 const int maker = (warp + kTokenWarps / 2) % kTokenWarps, y_b = control.y[maker].b,
@@ -4887,28 +4927,36 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
                 }
             }
 
-            // ---- The activations and the weights
-            const float square = tile <= 0 ? gather(K, weight, n.from_at[kind], kind == 0 ? tag - 1 : tag) : 0.0f;
+            // ---- The weights, into registers, and then the activations
             const int count = units.count * (kind == 2 ? 2 : kind == 3 ? (n.F + n.D - 1) / n.D : 1), p = pieces + lane;
-            if (warp == kTokenWarps - 2 && lane < count)
-                await(control.arrived + p % kTokenBarriers, p / kTokenBarriers);
+            if (lane < count) await(control.arrived + p % kTokenBarriers, p / kTokenBarriers);
+            __syncwarp();
             pieces += count;
-            token_barrier();  // they are there
+            const unsigned char* matrix = weights + (kind < 4 ? n.matrix_at[kind] : tile % n.slots * tile_bytes);
+            Tiles a = {};  // or it would count as needed from matrix to matrix
+            load_weights(a, matrix, rows, K, 0);
+            const float square = tile <= 0 ? gather(K, weight, n.from_at[kind], kind == 0 ? tag - 1 : tag) : 0.0f;
+            token_barrier();  // the activations are there
             if (weight && tile <= 0) {
                 const float all = warp_sum(square);
                 if (lane == 0) control.squares[warp] = all;
             }
-            product(weights + (kind < 4 ? n.matrix_at[kind] : tile % n.slots * tile_bytes), rows, K);
+            Sums sum = {};
+            multiply_weights(sum, a, rows, K, 0);
+            const int step_k = 16 * kTokenSteps * (twice(rows) ? kTokenTiles : 1);
+#pragma unroll 1
+            for (int k0 = step_k; k0 < columns(rows, K); k0 += step_k) {  // what did not fit into registers
+                load_weights(a, matrix, rows, K, k0);
+                multiply_weights(sum, a, rows, K, k0);
+            }
+            leave_sums(sum, rows);
             token_barrier();  // all parts of the sums are there, and the weights have been read
             ++done;
             if (thread == 0) *used = done;
 
             // ---- in: rstd W (x * norm);  out, down: res * x + W y;  gate_up: silu(gate) * up;  head: logits
-            const int stride = kind == 4 ? 5 : units.count;
             if ((kTokenWarps - 1 - warp) * 5 >= stride * B) continue;
-            const Item it = item_of(units.count, stride);
-            const int row = per_unit * it.unit + it.r;
-            float v = sum_of(it.b, row, rows);
+            float v = sum_of(parts);
             if (weight) v *= rstd(it.b);
             if (kind == 4) {
                 const int token = 6 * units.first + row;
@@ -4918,11 +4966,10 @@ __global__ void __launch_bounds__(kTokenThreads + 32, 1)
                 }
                 continue;
             }
-            if (kind == 2) v = v / (1.0f + exp2_fast(-v * kLog2e)) * (rstd(it.b) * sum_of(it.b, row + 6, rows));
+            if (kind == 2)
+                v = __fdividef(v, 1.0f + exp2_fast(-v * kLog2e)) * (rstd(it.b) * sum_of(parts + 6 * kSumRow));
             if (kind % 2 == 1) v = x_own = to_float(from_float<bf16>(res * x_own + v));
-            const int to = kind == 0 ? n.proj_at + it.b * words_in
-                                     : n.from_at[(kind + 1) % 4] + it.b * (kind == 2 ? sixes(n.F) : words_d);
-            send_six(g.words + to + units.first + it.unit, it, v, tag);
+            send_six(to, it, v, tag);
         }
 
         // The best of all blocks. The fences order what was written to K and V before what the next step reads of them.
@@ -5719,7 +5766,7 @@ void Model<A>::decode_whole(CudaState<A>* state, int64 vocab, int64 steps) {
         void* pointers[] = {const_cast<TokenPlan*>(&plan), &args};
         const void* kernel = plan.P > 64 ? (const void*)token_kernel<16> : (const void*)token_kernel<8>;
         CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
-        CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.blocks)), dim3(kTokenThreads + 32), pointers,
+        CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.blocks)), dim3(kTokenLaunch), pointers,
                                                size_t(plan.shared), stream));
         if (profile) profile->mark("token", stream);
     }
