@@ -4305,11 +4305,14 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
 // WEIGHTS. A block's rows of the four matrices of one layer fit into its shared memory. One warp does nothing but copy: as
 // soon as a matrix has been used, the next layer's follows in its place, so that memory never waits for arithmetic. But
 // only kWindow pieces are under way at once: with more, they queue up in front of the memory, and the activations
-// behind them. The other 8 warps own 1/8 of the columns each and multiply them (tensor cores: 16 rows by up to 8
-// sequences); the 8 parts of a sum are added in the order of the warps.
+// behind them. The other 8 warps own 1/8 of the columns each and multiply them (tensor cores); the 8 parts of a sum are
+// added in a fixed order. What decides is the time from the last word to the next one sent: so a warp has its weights in
+// registers, and knows where its sums go, before the activations are there.
 //
 // ONE LOOP goes through all matrices: the code of a layer, written out, would be larger than the caches for instructions.
-// And nothing may be spilled: beside so much shared memory there is hardly a cache for it. Hence so much in TokenControl.
+// And nothing may be spilled: beside so much shared memory there is hardly a cache for it. Hence so much in TokenControl,
+// and the launch has three warps more than it needs: registers move between groups of four warps, and the copying warp's
+// group leaves 232 to each thread of the others.
 //
 // ACTIVATIONS pass from block to block through memory in words of 16 bytes: six bf16 numbers (a unit: what a block owns
 // comes in sixes) and a tag that is new in each layer of each step. Such a word is written and read as one, so that whoever
@@ -4318,7 +4321,7 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
 // and of h, and all words in the same place a layer later depend on those.
 //
 // Per layer five exchanges: x -> projection -> y -> x_mid -> h -> x; attention has one more, between splits and y. After
-// the last layer one more yields the token, which begins the next step. `320m`, one sequence: 46% of the speed of a copy.
+// the last layer one more yields the token, which begins the next step. `320m`, one sequence: 58% of the speed of a copy.
 
 struct Word {
     uint32_t a, b, c, tag;
@@ -4376,10 +4379,10 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_
 }
 static constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps, kTokenLaunch = kTokenThreads + 128;
 static constexpr int kTokenSequences = 2, kTokenCopies = 4, kTokenBarriers = 64;
-static constexpr int kTokenTiles = 3, kTokenSteps = 6;                  // what a warp holds of a matrix, 16 x 16 each
-static constexpr int kTokenZeros = 32 * kTokenTiles * kTokenSteps;      // bytes
+static constexpr int kTokenTiles = 3, kTokenSteps = 6;              // what a warp holds of a matrix, 16 x 16 each
+static constexpr int kTokenZeros = 32 * kTokenTiles * kTokenSteps;  // bytes
 static constexpr int kSumRow = kTokenWarps + 4;  // numbers from sum to sum, so that they lie in different banks
-static constexpr int kTokenStage = 64;  // words that two rows of an SSD layer's y are made of, at most
+static constexpr int kTokenStage = 64;           // words that two rows of an SSD layer's y are made of, at most
 
 struct TokenLayer {  // where a layer's parameters and state lie
     const bf16 *in, *out, *gate_up, *down;
@@ -4440,9 +4443,10 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
     const bool fits = B <= kTokenSequences && c.D % 256 == 0 && c.F % 256 == 0 && c.N % 4 == 0 && c.N <= 128 &&
                       c.P() % 16 == 0 && c.P() <= 128 && c.V < (1 << 30) && c.D <= 4096 && c.F <= 16384;
     if (!fits) return false;
-    *t = {int(B),     int(c.D),          int(c.F),   int(c.L), int(c.H), int(c.Hkv),
-          int(c.P()), int(c.N),          int(c.V),   0,        blocks,   {int(c.ssd_width()), int(c.attn_width())},
-          capacity,   float(c.norm_eps), 1 / float(c.D), c.ssd_decay};
+    *t = {
+        int(B),     int(c.D),          int(c.F),       int(c.L),   int(c.H), int(c.Hkv),
+        int(c.P()), int(c.N),          int(c.V),       0,          blocks,   {int(c.ssd_width()), int(c.attn_width())},
+        capacity,   float(c.norm_eps), 1 / float(c.D), c.ssd_decay};
     // Every block has units of h and of every projection, or it could be left behind.
     blocks = t->blocks = std::min({blocks, sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
     // For 132 multiprocessors, whatever the GPU: the order of attention's sums depends on it.
@@ -4576,12 +4580,12 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
 
     if (warp >= kTokenWarps) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (warp > kTokenWarps) return;
+        if (warp > kTokenWarps) return;  // only here for their registers
         // ---- The copying warp: matrices and tiles in the order of their use, a lane per row
         const Share own = control.own, own_h = control.own_h, head = control.head;
         const int tiles = (head.count + 4) / 5;
-        constexpr int kWindow = 2, kHeadWindow = 5;
-        int window = kWindow, pieces = 0, base = 0;  // pieces under way at most; begun; matrices and tiles of the steps before
+        constexpr int kWindow = 2, kHeadWindow = 5;  // pieces under way at most; with the head no activations pass
+        int window = kWindow, pieces = 0, base = 0;  // pieces begun; matrices and tiles of the steps before
         const auto room = [&](int need) {
             while (*used < need) {
             }
@@ -4727,8 +4731,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             const bf16* from = reinterpret_cast<const bf16*>(matrix + row * row_bytes);
 #pragma unroll
             for (int u = 0; u < kTokenSteps; ++u)
-                if (k0 + tile_column(t, u, rows) < width)
-                    load_matrices<false>(a[t][u], from + tile_column(t, u, rows));
+                if (k0 + tile_column(t, u, rows) < width) load_matrices<false>(a[t][u], from + tile_column(t, u, rows));
         }
     };
     // Columns 2b and 2b + 1 of the other operand are the activations of sequence b, for either half; all others are zeros.
