@@ -889,6 +889,13 @@ TEST_CASE("cuda: decoding 1, 3, 8, 20 and 64 sequences equals the CPU's, for eve
         check_decoding(k.precision, wide_model(), 1, 900, 5, tol);  // a cache in several splits
         c.attn_period = 0;
         check_decoding(k.precision, c, 2, 1, 6, tol);
+        c = wide_model();  // for the kernel of whole tokens: more columns than a warp holds at once
+        c.V = 500;
+        c.D = c.F = 1024;
+        c.H = c.Hkv = 8;
+        c.N = 32;
+        c.L = 2;
+        check_decoding(k.precision, c, 1, 3, 6, 1.5 * tol);
     }
 }
 
