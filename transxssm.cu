@@ -4718,7 +4718,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
     using Tiles = uint32_t[kTokenTiles][kTokenSteps][4];
     using Sums = float[kTokenTiles][2][4];
     const auto twice = [](int rows) { return rows <= 8; };
-    const auto columns = [&](int rows, int K) { return K / kTokenWarps >> twice(rows); };
+    const auto columns = [&](int rows, int K) { return rows > 0 ? K / kTokenWarps >> twice(rows) : 0; };
     const auto tile_column = [&](int t, int u, int rows) {
         return 16 * u + (twice(rows) ? 16 * kTokenSteps * t : 16 * t < rows ? 0 : 1 << 20);
     };
