@@ -4047,11 +4047,12 @@ static void ssd_step(A* y, float* S, const A* proj, const float* dt_bias, const 
 // A block owns a range of the keys of one sequence (one of `splits`) and as many neighbouring heads as fit, so that it
 // reads whole rows of the cache. kLanes lanes share the key of one head, 8 of its P numbers each; `groups` keys are under
 // way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kKeys keys at a
-// time. A block leaves, for each head, the largest of its scores, the sum of their exponentials relative to it and the sum
-// of the values so weighted, and a second kernel joins the splits in their order. The new key and value are appended on the
-// way; they are taken from the projection, since another block may be writing them.
+// time, while the next ones come to shared memory in the background, kRingBytes a thread. A block leaves, for each head, the
+// largest of its scores, the sum of their exponentials relative to it and the sum of the values so weighted, and the last
+// of a sequence's blocks to be done joins the splits in their order. The new key and value are appended on the way; they
+// are taken from the projection, since another block may be writing them.
 
-static constexpr int kDecodeThreads = 512;
+static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256;
 static int attention_lanes(int64 P) { return P % 8 == 0 && P <= 64 ? 8 : 16; }
 // Heads that a block takes: a divisor of H.
 static int64 attention_heads(int64 H, int64 P) {
@@ -4059,11 +4060,11 @@ static int64 attention_heads(int64 H, int64 P) {
     while (H % heads) --heads;
     return heads;
 }
-// Splits by the state's shape alone, not by how much of it is filled: enough blocks for four rounds of two on each of 132
-// multiprocessors, and at least 128 keys each when it is full.
+// Splits by the state's shape alone, not by how much of it is filled: enough blocks for one round of two on each of 132
+// multiprocessors, for four rounds where one would leave many of them idle, and at least 128 keys each when it is full.
 static int64 attention_splits(int64 B, int64 H, int64 P, int64 capacity) {
-    const int64 others = B * H / attention_heads(H, P);
-    return std::max<int64>(1, std::min<int64>({1056 / others, ceil_div(capacity, 128), 64}));
+    const int64 others = B * H / attention_heads(H, P), blocks = 264 / others * others >= 250 ? 264 : 1056;
+    return std::max<int64>(1, std::min<int64>({blocks / others, ceil_div(capacity, 128), 64}));
 }
 
 // Numbers e .. e + 7 of a row of P, zeros beyond its end. Aligned: P is a multiple of 8.
@@ -4130,6 +4131,13 @@ struct OnlineSoftmax {
     }
 };
 
+// Numbers e .. e + 7 of a row of P, zeros beyond its end, on their way to shared memory until copies_wait.
+template <class A>
+__device__ inline void fetch_row8(A* to, const A* row, int e, int P) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 16 / int(sizeof(A))) copy16(shared_address(to + i), e < P ? row + e + i : row, e < P);
+}
+
 // log2_scale * q . k, on all lanes of the group.
 template <int kLanes>
 __device__ inline float score_of(const float (&q)[8], const float (&key)[8]) {
@@ -4142,12 +4150,29 @@ __device__ inline float score_of(const float (&q)[8], const float (&key)[8]) {
 }
 // One split of one head: its keys, dealt out to the groups one by one, kKeys at a time; to the last one's group 0 also the
 // new key and value, which it appends if `appends`. k, v: the cache, rows ld apart; q, k_new, v_new: before RoPE.
-template <int kLanes, bool aligned, int kKeys, class A>
-__device__ inline OnlineSoftmax attend(A* k, A* v, int64 ld, const A* q_new, const A* k_new, const A* v_new,
+// kStages > 0: so many steps lie in the ring, in shared memory, or are on their way to it. A thread fills and reads 8 numbers
+// of each place and no others, so that nobody waits for anybody. 0: keys are read when they are needed.
+template <int kLanes, bool aligned, int kKeys, int kStages, class A>
+__device__ inline OnlineSoftmax attend(A* ring, A* k, A* v, int64 ld, const A* q_new, const A* k_new, const A* v_new,
                                        const float* cos, const float* sin, int64 past, int split, int splits,
                                        bool appends, int group, int groups, int e, int P) {
     const int64 per_split = (past + splits - 1) / splits, first = split * per_split,
                 last = min(past, first + per_split);
+    const int step = groups * kKeys;
+    const auto row_of = [&](int64 s, int u) { return min(s + u * groups + group, last - 1) * ld; };
+    const auto place = [&](int stage, int u) {  // of a key, and then its value
+        return ring + ((stage % (kStages > 0 ? kStages : 1) * kKeys + u) * 2 * blockDim.x + threadIdx.x) * 8;
+    };
+    const auto fetch = [&](int64 s, int stage) {
+#pragma unroll
+        for (int u = 0; u < kKeys && s < last; ++u) {
+            fetch_row8(place(stage, u), k + row_of(s, u), e, P);
+            fetch_row8(place(stage, u) + blockDim.x * 8, v + row_of(s, u), e, P);
+        }
+        copies_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) fetch(first + i * step, i);
     cos += past * (P / 2);
     sin += past * (P / 2);
     float q[8];
@@ -4155,14 +4180,23 @@ __device__ inline OnlineSoftmax attend(A* k, A* v, int64 ld, const A* q_new, con
 #pragma unroll
     for (int i = 0; i < 8; ++i) q[i] *= kLog2e * rsqrtf(float(P));
     OnlineSoftmax mean;
-    for (int64 s0 = first; s0 < last; s0 += groups * kKeys) {
+    int stage = 0;
+    for (int64 s0 = first; s0 < last; s0 += step, ++stage) {
         float keys[kKeys][8], values[kKeys][8], scores[kKeys];
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u) {
-            const int64 at = min(s0 + u * groups + group, last - 1);
-            load_row8<aligned>(keys[u], k + at * ld, e, P);
-            load_row8<aligned>(values[u], v + at * ld, e, P);
+        if constexpr (kStages > 0) {
+            fetch(s0 + (kStages - 1) * step, stage + kStages - 1);
+            copies_wait<kStages - 1>();
         }
+#pragma unroll
+        for (int u = 0; u < kKeys; ++u)
+            if constexpr (kStages > 0) {
+                load<8>(keys[u], place(stage, u));
+                load<8>(values[u], place(stage, u) + blockDim.x * 8);
+            } else {
+                const int64 at = row_of(s0, u);
+                load_row8<aligned>(keys[u], k + at, e, P);
+                load_row8<aligned>(values[u], v + at, e, P);
+            }
 #pragma unroll
         for (int u = 0; u < kKeys; ++u) {
             scores[u] = score_of<kLanes>(q, keys[u]);
@@ -4197,11 +4231,14 @@ __device__ inline void join_groups(float* out, float* top, float* sum, const flo
     }
 }
 
-// partial (B,H,splits,P+2): the weighted sum of values | top | sum. Threads beyond heads * groups * kLanes have no keys.
+// y (B,H,P). partial (B,H,splits,P+2): the weighted sum of values | top | sum; the last of a sequence's blocks to be done joins
+// them, always in the same order. tickets: zeros, one for each `splits` blocks, and zeros again in the end. Threads beyond
+// heads * groups * kLanes have no keys.
 template <class A, int kLanes, bool aligned>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
-    attention_step_kernel(float* partial, A* k_cache, A* v_cache, const A* proj, const float* cos, const float* sin,
-                          AttentionShape n, Position position, int splits, int heads, int groups) {
+    attention_step_kernel(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
+                          const float* cos, const float* sin, AttentionShape n, Position position, int splits,
+                          int heads, int groups) {
     extern __shared__ __align__(16) unsigned char shared[];
     float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(shared);
     const int H = int(n.H), P = int(n.P), block = int(blockIdx.x) / splits, split = int(blockIdx.x) % splits;
@@ -4210,9 +4247,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const int shared_by = H / int(n.Hkv), h = first_head + entry % heads, hkv = h / shared_by;
     const int group = entry < heads * groups ? entry / heads : 1 << 30;
     const A *q_new = proj + b * n.ld_q + h * P, *k_new = proj + b * n.ld_q + (H + hkv) * P;
-    const OnlineSoftmax mean = attend<kLanes, aligned, 4>(
-        k_cache + b * n.seq_kv + hkv * P, v_cache + b * n.seq_kv + hkv * P, n.ld_kv, q_new, k_new, k_new + n.Hkv * P,
-        cos, sin, position.get(), split, splits, h % shared_by == 0, group, groups, e, P);
+    constexpr int kStages = aligned ? kRingBytes / (kStepKeys * 16 * int(sizeof(A))) : 0;
+    const OnlineSoftmax mean = attend<kLanes, aligned, kStepKeys, kStages>(
+        reinterpret_cast<A*>(shared), k_cache + b * n.seq_kv + hkv * P, v_cache + b * n.seq_kv + hkv * P, n.ld_kv,
+        q_new, k_new, k_new + n.Hkv * P, cos, sin, position.get(), split, splits, h % shared_by == 0, group, groups, e,
+        P);
+    __syncthreads();  // the ring has been read: its place is used again
 #pragma unroll
     for (int i = 0; i < 8; ++i) joined[entry][e + i] = mean.out[i];
     joined[entry][8 * kLanes] = mean.top;
@@ -4228,39 +4268,50 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         to[P] = top;
         to[P + 1] = sum;
     }
-}
-// y (B,H,P): the splits of each head joined, one thread per number.
-template <class A>
-__global__ void attention_join_kernel(A* y, const float* partial, int64 n, int64 P, int64 splits) {
-    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const float* from = partial + i / P * splits * (P + 2);
-    float top = -1e30f, sum = 0, out = 0;
-    for (int64 s = 0; s < splits; ++s) top = fmaxf(top, from[s * (P + 2) + P]);
-    for (int64 s = 0; s < splits; ++s) {
-        const float scale = exp2_fast(from[s * (P + 2) + P] - top);
-        sum += scale * from[s * (P + 2) + P + 1];
-        out += scale * from[s * (P + 2) + i % P];
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();  // the block's part is there for all to see
+    if (threadIdx.x == 0) last = atomicInc(tickets + block, unsigned(splits - 1)) == unsigned(splits - 1);
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    // What the other blocks left is read past the L1 cache, which may know an earlier state of its lines; many at a time, since
+    // nothing else is left to do meanwhile.
+    float2* weight = reinterpret_cast<float2*>(shared);  // (heads,splits): top, sum
+    const float* from = partial + int64(b * H + first_head) * splits * (P + 2);
+    for (int i = int(threadIdx.x); i < heads * splits; i += int(blockDim.x))
+        weight[i] = make_float2(__ldcg(from + i * (P + 2) + P), __ldcg(from + i * (P + 2) + P + 1));
+    __syncthreads();  // the weights are there
+    for (int i = int(threadIdx.x); i < heads * P; i += int(blockDim.x)) {
+        const int at = i / P * splits;
+        float top = -1e30f, sum = 0, out = 0;
+        for (int s = 0; s < splits; ++s) top = fmaxf(top, weight[at + s].x);
+        for (int s0 = 0; s0 < splits; s0 += 8)
+#pragma unroll
+            for (int u = 0; u < 8; ++u) {
+                const int s = at + min(s0 + u, splits - 1);
+                const float scale = s0 + u < splits ? exp2_fast(weight[s].x - top) : 0.0f;
+                sum += scale * weight[s].y;
+                out += scale * __ldcg(from + s * (P + 2) + i % P);
+            }
+        y[int64(b * H + first_head) * P + i] = from_float<A>(out / sum);
     }
-    y[i] = from_float<A>(out / sum);
 }
 // proj: rows q | k | v before RoPE, n.ld_q apart; the caches' rows are n.ld_kv apart. n.T is 1.
 template <class A>
-static void attention_step(A* y, float* partial, A* k_cache, A* v_cache, const A* proj, const float* cos,
-                           const float* sin, const AttentionShape& n, Position position, int64 splits,
+static void attention_step(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
+                           const float* cos, const float* sin, const AttentionShape& n, Position position, int64 splits,
                            cudaStream_t stream) {
     const int lanes = attention_lanes(n.P), heads = int(attention_heads(n.H, n.P)),
-              groups = std::max(1, 384 / (heads * lanes)), threads = int(round_up(heads * groups * lanes, 32));
+              groups = std::max(1, kDecodeThreads / (heads * lanes)),
+              threads = int(round_up(heads * groups * lanes, 32));
     const auto go = [&](auto kernel) {
-        launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads,
-               size_t(threads / lanes * (8 * lanes + 2)) * sizeof(float), stream, partial, k_cache, v_cache, proj, cos,
-               sin, n, position, int(splits), heads, groups);
+        launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads, size_t(threads * kRingBytes), stream, y,
+               partial, tickets, k_cache, v_cache, proj, cos, sin, n, position, int(splits), heads, groups);
     };
     if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
     else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
     else go(attention_step_kernel<A, 8, true>);
-    launch("attention_join", attention_join_kernel<A>, ceil_div(n.B * n.H * n.P, 256), 256, 0, stream, y, partial,
-           n.B * n.H * n.P, n.P, splits);
 }
 
 // ---- Choosing: the first of the largest logits --------------------------------------------------------------------------
@@ -4533,8 +4584,8 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
         }
         token_barrier();  // q, k and v are there
         const int64 at = b * n.capacity * kv_row + hkv * n.P;
-        OnlineSoftmax mean = attend<kLanes, true, 4>(
-            l.k + at, l.v + at, kv_row, numbers + at_q % 6, numbers + kTokenStage * 6 + at_k % 6,
+        OnlineSoftmax mean = attend<kLanes, true, 4, 0>(
+            (bf16*)nullptr, l.k + at, l.v + at, kv_row, numbers + at_q % 6, numbers + kTokenStage * 6 + at_k % 6,
             numbers + 2 * kTokenStage * 6 + at_v % 6, g.cos_qk, g.sin_qk, past, split, n.splits, h % (n.H / n.Hkv) == 0,
             thread / kLanes, kTokenThreads / kLanes, e, n.P);
         mean.template merge<kLanes>();
@@ -5141,6 +5192,7 @@ struct CudaState : State {
     Ranked* best = nullptr;              // (B)
     int32_t* chosen = nullptr;           // (kDecodeRun,B)
     float* attention_partial = nullptr;  // (B,H,splits,P+2)
+    unsigned* tickets = nullptr;         // (B,H), or fewer
     int64 splits = 1;
     int64 steps = 0, graph_layout = -1, graph_vocab = 0;
     cudaGraphExec_t graph = nullptr;
@@ -5180,7 +5232,10 @@ struct CudaState : State {
             arena->take(&token_layers, c.L);
             arena->take(&words, token_plan.words);
         }
-        if (c.attn_period > 0) arena->take(&attention_partial, B * c.H * splits * (c.P() + 2));
+        if (c.attn_period > 0) {
+            arena->take(&attention_partial, B * c.H * splits * (c.P() + 2));
+            arena->take(&tickets, B * c.H);
+        }
         for (int64 i = 0; i < c.L; ++i) {
             Layer& l = layers[size_t(i)];
             if (c.is_attention(i)) {
@@ -5805,8 +5860,8 @@ void Model<A>::decode_mixer(int64 i, CudaState<A>* state, Position before) {
     if (c.is_attention(i)) {
         const int64 row = c.Hkv * c.P();
         const AttentionShape n{B, 1, 0, c.H, c.Hkv, c.P(), padded32(c.attn_width()), row, state->capacity * row};
-        attention_step(a.y, state->attention_partial, past.k, past.v, a.proj, cos_qk, sin_qk, n, before, state->splits,
-                       stream);
+        attention_step(a.y, state->attention_partial, state->tickets, past.k, past.v, a.proj, cos_qk, sin_qk, n, before,
+                       state->splits, stream);
     } else {
         const SsdShape n{B, 1, c.H, c.P(), c.N, c.Q, padded32(c.ssd_width())};
         ssd_step(a.y, past.S, a.proj, w(Param::dt_bias, i), w(Param::A_log, i), cos_cb, sin_cb, c.ssd_decay, n, before,
@@ -6368,8 +6423,9 @@ void attention_step(Precision p, float* y, float* k_cache, float* v_cache, const
                     const ref::RopeTable<float>& table, int64 past, int64 splits, const AttentionShape& n) {
     twin(p, [&](auto& a, auto& f) {
         attention_step(a.out(y, n.B * n.H * n.P), f.scratch(n.B * n.H * splits * (n.P + 2)),
-                       a.inout(k_cache, n.B * n.seq_kv), a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q),
-                       f.in(table.cos), f.in(table.sin), n, past, splits, nullptr);
+                       reinterpret_cast<unsigned*>(f.scratch(n.B * n.H)), a.inout(k_cache, n.B * n.seq_kv),
+                       a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q), f.in(table.cos), f.in(table.sin), n,
+                       past, splits, nullptr);
     });
 }
 // RoPE's table on the device; null: none. It needs kSsdRopeRows positions.

@@ -399,7 +399,7 @@ TEST_CASE("cuda: the attention decode step equals RoPE and attention over the ca
     for (const Case& k : precisions)
         for (const Shape& s : std::vector<Shape>{{2, 2, 64}, {4, 2, 6}, {3, 1, 40}, {2, 1, 128}})
             for (const int64 past : std::vector<int64>{0, 1, 130, 700})
-                for (const int64 splits : std::vector<int64>{1, 5}) {
+                for (const int64 splits : std::vector<int64>{1, 5, 13}) {
                     const int64 B = 2, H = s[0], Hkv = s[1], P = s[2], width = (H + 2 * Hkv) * P,
                                 ld = (width + 7) / 8 * 8;
                     const int64 capacity = past + 3, row = Hkv * P;
