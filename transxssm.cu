@@ -2402,15 +2402,16 @@ __device__ inline int fresh(int x) {
     __builtin_assume(x >= 0);
     return x;
 }
+// The whole 256 bytes around come to the L2 cache: neighbouring heads want them.
 __device__ inline void copy16(bf16* to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
                  "l"(from), "r"(inside ? 16 : 0)
                  : "memory");
 }
-// Loops over the rows of a tile are rolled: with less code, training was faster.
+// Loops over the rows of a tile are rolled, since less code is faster, except in a forward that stores no states.
 // Copies a (q, kCols) tile, rows past `valid` become zero. A thread brings 16 bytes of the left half and those of the right
 // half that RoPE pairs them with, so that it can turn what it has copied without a barrier between.
-template <int kThreads, int kCols, int team>
+template <int kThreads, bool rolled = true, int kCols, int team>
 __device__ inline void fetch_tile(int thread, Tile<bf16, kChunk, kCols, team> to, bf16* tile, const bf16* from,
                                   int64 ld, int valid) {
     constexpr unsigned half = kCols / 2, per_row = kCols / 16, rows = kThreads / per_row;
@@ -2418,7 +2419,7 @@ __device__ inline void fetch_tile(int thread, Tile<bf16, kChunk, kCols, team> to
     const unsigned j = i % per_row * 8 + (kCols == 64 ? r0 % 2 * half : 0);  // other banks for odd rows
     const char* left = reinterpret_cast<const char*>(from + j);
     const char* right = reinterpret_cast<const char*>(from + (j ^ half));
-#pragma unroll 1
+#pragma unroll(rolled ? 1 : kChunk)
     for (unsigned r = r0, k = 0; k < kChunk / rows; ++k, r += rows) {
         const unsigned row = min(r, unsigned(valid) - 1);  // what is not read is none the less a place that there is
         copy16(tile + spot(to, r, j), left + uint64_t(row) * stride, row == r);
@@ -2426,11 +2427,11 @@ __device__ inline void fetch_tile(int thread, Tile<bf16, kChunk, kCols, team> to
     }
 }
 // Turns what this thread has fetched of one or two tiles.
-template <int kThreads, int N, int team, class... Tiles>
+template <int kThreads, bool rolled = true, int N, int team, class... Tiles>
 __device__ inline void rotate_fetched(int thread, const SsdAngles<N>& angles, SsdWide<N, team> at, Tiles... tiles) {
     constexpr int per_row = N / 16, rows = kThreads / per_row;
     const unsigned i = unsigned(fresh(thread)), j = i % per_row * 8;
-#pragma unroll 1
+#pragma unroll(rolled ? 1 : kChunk)
     for (int k = 0; k < kChunk / rows; ++k) {
         const unsigned r = i / per_row + unsigned(k * rows);
         float c[2][4], s[2][4];
@@ -2656,10 +2657,8 @@ __device__ inline void ssd_sweep(Shared& m, const SsdInput<bf16>& in, const SsdC
     bool more = next.next(cut);
     fetch(at, 0);
     copies_commit();
-    if (stages == 3) {
-        if (more) fetch(next, 1);
-        copies_commit();
-    }
+    if (stages == 3 && more) fetch(next, 1);
+    copies_commit();
     m.angles.fill(in.rope);
     if (keeps_time) {
         steps.load(in, at.row, at.h, at.valid(cut));
@@ -2714,7 +2713,7 @@ __global__ void __launch_bounds__(256, 2) ssd_states_kernel(float* states, float
         fetch_tile<128>(thread, wide, m.B[stage], fn + p.row * in.n.ld + p.h * N, in.n.ld, p.valid(cut));
         fetch_tile<128>(thread, narrow, m.X[stage], fp + p.row * ld_p + p.h * P, ld_p, p.valid(cut));
     };
-    const auto arrived = [&](int stage) { rotate_fetched<128, N, team>(thread, m.angles, wide, m.B[stage]); };
+    const auto arrived = [&](int stage) { rotate_fetched<128>(thread, m.angles, wide, m.B[stage]); };
     const auto none = [](auto&&...) {};
     if (thread >= 0) return ssd_sweep<team>(m, in, cut, at, thread < 32, fetch, arrived, none);
     Accumulator<N / 8> state[1];
@@ -2752,18 +2751,17 @@ __global__ void pass_states_kernel(float* borders, float* starts, const float* s
     }
 }
 
-template <int N, int team>
+template <int N, int team, bool states>  // states: whether they are stored
 __global__ void __launch_bounds__(kForwardThreads, 1)
     ssd_forward_fast_kernel(bf16* Y, bf16* chunk_states, SsdEnds ends, SsdInput<bf16> in, SsdCut cut) {
     const SsdShape& n = in.n;
-    constexpr int P = kFastP;
+    constexpr int P = kFastP, kThreads = 128;  // that bring the tiles: warps 8-11
     extern __shared__ __align__(1024) unsigned char ssd_memory[];
     using Shared = SsdForwardShared<N, team>;
     Shared& m = *reinterpret_cast<Shared*>(ssd_memory);
     const SsdWide<N, team> wide;
     const SsdNarrow<team> narrow;
     const int warp = int(threadIdx.x / 32), row = int(threadIdx.x / 32 % 4 * 16);  // of tokens or of the state
-    constexpr int kThreads = 128;                                                  // that bring the tiles: warps 8-11
     const int thread = int(threadIdx.x) - 256;
     const SsdPlace<false> first(cut);
     const auto none = [](auto&&...) {};
@@ -2771,11 +2769,11 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
         set_registers<team, 104, false>();
         const auto fetch = [&](const auto& p, int stage) {
             const int64 at = p.row * n.ld;
-            fetch_tile<kThreads>(thread, wide, m.C[stage], in.sc + at + p.h * N, n.ld, p.valid(cut));
-            fetch_tile<kThreads>(thread, wide, m.B[stage], in.sb + at + p.h * N, n.ld, p.valid(cut));
-            fetch_tile<kThreads>(thread, narrow, m.X[stage], in.sx + at + p.h * P, n.ld, p.valid(cut));
+            fetch_tile<kThreads, states>(thread, wide, m.C[stage], in.sc + at + p.h * N, n.ld, p.valid(cut));
+            fetch_tile<kThreads, states>(thread, wide, m.B[stage], in.sb + at + p.h * N, n.ld, p.valid(cut));
+            fetch_tile<kThreads, states>(thread, narrow, m.X[stage], in.sx + at + p.h * P, n.ld, p.valid(cut));
         };
-        const auto arrived = [&](int stage) { rotate_fetched<kThreads, N, team>(thread, m.angles, wide, m.B[stage]); };
+        const auto arrived = [&](int stage) { rotate_fetched<kThreads, states>(thread, m.angles, wide, m.B[stage]); };
         return ssd_sweep<team>(m, in, cut, first, warp == 8, fetch, arrived, none);
     }
     set_registers<team, 200, true>();
@@ -2808,7 +2806,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
         const float all = v.from_in[kChunk - 1];
         state[0].scale_rows(all, all);
         settled_product<Layout::plain>(state, x, wide, m.B[stage], true);
-        if (chunk_states) {
+        if (states) {
             bf16* to = chunk_states + (int64(at.pair) * cut.chunks + at.chunk) * P * N;
 #pragma unroll 2
             for (int i = 0; i < N / 16; ++i) {
@@ -2850,9 +2848,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         fetch_tile<kSsdThreads>(thread, narrow, m.dY[turn], dY + (p.row * n.H + p.h) * P, n.H * P, p.valid(cut));
         fetch_tile<kSsdThreads>(thread, wide, m.S[turn], S, N, P);
     };
-    const auto arrived = [&](int turn) {
-        rotate_fetched<kSsdThreads, N, 1>(thread, m.angles, wide, m.C[turn], m.B[turn]);
-    };
+    const auto arrived = [&](int turn) { rotate_fetched<kSsdThreads>(thread, m.angles, wide, m.C[turn], m.B[turn]); };
     const auto token_angles = [&](int h, int j, float(&c)[2], float(&s)[2]) {
         m.angles.get(row + acc_row() + 8 * h, j, c, s);
     };
@@ -3049,8 +3045,10 @@ static void ssd_forward(A* Y, float* S_T, A* chunk_states, float* scratch, const
                 const SsdCut cut = ssd_cut(n, t);
                 const SsdEnds ends =
                     ssd_prepare<N, team, false>("ssd_forward", S_0, S_T, scratch, sb, sx, n.ld, in, cut, stream);
-                launch(cut.chained(), "ssd_forward", ssd_forward_fast_kernel<N, team>, cut.blocks(), kForwardThreads,
-                       sizeof(SsdForwardShared<N, team>), stream, Y, chunk_states, ends, in, cut);
+                launch(cut.chained(), "ssd_forward",
+                       chunk_states ? ssd_forward_fast_kernel<N, team, true> : ssd_forward_fast_kernel<N, team, false>,
+                       cut.blocks(), kForwardThreads, sizeof(SsdForwardShared<N, team>), stream, Y, chunk_states, ends,
+                       in, cut);
             });
     const bool small = t.units() <= 2 * kSsdWarps;
     launch("ssd_forward", small ? ssd_forward_kernel<A, 2> : ssd_forward_kernel<A, 8>, n.B * n.H, kSsdThreads,
