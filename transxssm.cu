@@ -4047,7 +4047,7 @@ static void ssd_step(A* y, float* S, const A* proj, const float* dt_bias, const 
 // way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kKeys keys at a
 // time, while the next ones come to shared memory in the background, kRingBytes a thread. A block leaves, for each head, the
 // largest of its scores, the sum of their exponentials relative to it and the sum of the values so weighted, and the last
-// of a sequence's blocks to be done joins the splits in their order. The new key and value are appended on the way; they
+// to be done of the blocks with these heads joins the splits in their order. The new key and value are appended on the way; they
 // are taken from the projection, since another block may be writing them.
 
 static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256;
@@ -4059,7 +4059,8 @@ static int64 attention_heads(int64 H, int64 P) {
     return heads;
 }
 // Splits by the state's shape alone, not by how much of it is filled: enough blocks for one round of two on each of 132
-// multiprocessors, for four rounds where one would leave many of them idle, and at least 128 keys each when it is full.
+// multiprocessors (of an H100, which has room for two rings on each), for four rounds where one would leave many of them
+// idle; no more than one for every 128 keys of a full state.
 static int64 attention_splits(int64 B, int64 H, int64 P, int64 capacity) {
     const int64 others = B * H / attention_heads(H, P), blocks = 264 / others * others >= 250 ? 264 : 1056;
     return std::max<int64>(1, std::min<int64>({blocks / others, ceil_div(capacity, 128), 64}));
@@ -4229,9 +4230,9 @@ __device__ inline void join_groups(float* out, float* top, float* sum, const flo
     }
 }
 
-// y (B,H,P). partial (B,H,splits,P+2): the weighted sum of values | top | sum; the last of a sequence's blocks to be done joins
-// them, always in the same order. tickets: zeros, one for each `splits` blocks, and zeros again in the end. Threads beyond
-// heads * groups * kLanes have no keys.
+// y (B,H,P). partial (B,H,splits,P+2): the weighted sum of values | top | sum; the last block to be done of those that share
+// a sequence and its heads joins them, always in the same order. tickets: zeros, one for each `splits` blocks, and zeros
+// again in the end. Threads beyond heads * groups * kLanes have no keys.
 template <class A, int kLanes, bool aligned>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_step_kernel(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
@@ -4303,9 +4304,11 @@ static void attention_step(A* y, float* partial, unsigned* tickets, A* k_cache, 
     const int lanes = attention_lanes(n.P), heads = int(attention_heads(n.H, n.P)),
               groups = std::max(1, kDecodeThreads / (heads * lanes)),
               threads = int(round_up(heads * groups * lanes, 32));
+    // What comes after the ring, in its place, takes less than 64 bytes a thread.
+    const size_t bytes = size_t(threads * (n.P % 8 == 0 ? kRingBytes : 64));
     const auto go = [&](auto kernel) {
-        launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads, size_t(threads * kRingBytes), stream, y,
-               partial, tickets, k_cache, v_cache, proj, cos, sin, n, position, int(splits), heads, groups);
+        launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads, bytes, stream, y, partial, tickets,
+               k_cache, v_cache, proj, cos, sin, n, position, int(splits), heads, groups);
     };
     if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
     else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
@@ -4499,7 +4502,7 @@ struct TokenControl {
         int b, unit, row;
     } y[kTokenWarps];  // which two rows of y a warp makes; b < 0: none
     uint32_t pairs[kTokenWarps];
-    alignas(32) float squares[kTokenWarps];
+    alignas(16) float squares[kTokenWarps];
     int32_t tokens[kTokenSequences];
     int used;  // matrices and tiles whose place is free again
 };
