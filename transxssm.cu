@@ -4044,11 +4044,11 @@ static void ssd_step(A* y, float* S, const A* proj, const float* dt_bias, const 
 // ---- Attention: one query of each head over the cache -------------------------------------------------------------------
 // A block owns a range of the keys of one sequence (one of `splits`) and as many neighbouring heads as fit, so that it
 // reads whole rows of the cache. kLanes lanes share the key of one head, 8 of its P numbers each; `groups` keys are under
-// way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kKeys keys at a
-// time, while the next ones come to shared memory in the background, kRingBytes a thread. A block leaves, for each head, the
-// largest of its scores, the sum of their exponentials relative to it and the sum of the values so weighted, and the last
-// to be done of the blocks with these heads joins the splits in their order. The new key and value are appended on the way; they
-// are taken from the projection, since another block may be writing them.
+// way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kKeys keys at
+// a time, while the next ones come to shared memory in the background, kRingBytes a thread. A block leaves, for each
+// head, the largest of its scores, the sum of their exponentials relative to it and the sum of the values so weighted,
+// and the last block to be done of those with the same heads joins the splits in their order. The new key and value are
+// appended on the way; they are taken from the projection, since another block may be writing them.
 
 static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256;
 static int attention_lanes(int64 P) { return P % 8 == 0 && P <= 64 ? 8 : 16; }
