@@ -2402,10 +2402,10 @@ __device__ inline int fresh(int x) {
     __builtin_assume(x >= 0);
     return x;
 }
-// The whole 256 bytes around come to the L2 cache: neighbouring heads want them.
-__device__ inline void copy16(bf16* to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(inside ? 16 : 0)
+// As copy16, but the whole 256 bytes around come to the L2 cache: neighbouring heads want them.
+__device__ inline void copy16_for_all_heads(bf16* to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(inside ? 16 : 0)
                  : "memory");
 }
 // Loops over the rows of a tile are rolled, since less code is faster, except in a forward that stores no states.
@@ -2422,8 +2422,8 @@ __device__ inline void fetch_tile(int thread, Tile<bf16, kChunk, kCols, team> to
 #pragma unroll(rolled ? 1 : kChunk)
     for (unsigned r = r0, k = 0; k < kChunk / rows; ++k, r += rows) {
         const unsigned row = min(r, unsigned(valid) - 1);  // what is not read is none the less a place that there is
-        copy16(tile + spot(to, r, j), left + uint64_t(row) * stride, row == r);
-        copy16(tile + spot(to, r, j ^ half), right + uint64_t(row) * stride, row == r);
+        copy16_for_all_heads(tile + spot(to, r, j), left + uint64_t(row) * stride, row == r);
+        copy16_for_all_heads(tile + spot(to, r, j ^ half), right + uint64_t(row) * stride, row == r);
     }
 }
 // Turns what this thread has fetched of one or two tiles.
