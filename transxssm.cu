@@ -5783,9 +5783,8 @@ template <class A>
 void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
     const auto work = [&] {
         layers_forward(state, {state->position, &state->cursor->position});
-        const Matrix& head = matrix(config.tie ? Param::word_embed : Param::lm_head, -1);
-        linear(logits32, u_final, head, B);
-        launch("best_logit", best_logit_kernel, B, 1024, 0, stream, state->best, logits32, vocab, head.ld);
+        linear(logits32, u_final, head(), B);
+        launch("best_logit", best_logit_kernel, B, 1024, 0, stream, state->best, logits32, vocab, head().ld);
         launch("choose", choose_kernel, 1, 256, 0, stream, tokens, state->chosen, state->cursor, state->best, B);
     };
     if (state->steps++ == 0 || profile) return work();  // cuBLASLt makes its plans
@@ -5815,12 +5814,10 @@ void Model<A>::decode_whole(CudaState<A>* state, int64 vocab, int64 steps) {
             for (int64 i = 0; i < c.L; ++i) {
                 const bool attention = c.is_attention(i);
                 const auto& past = state->layers[size_t(i)];
-                list.push_back({data(matrix(attention ? Param::q_proj : Param::c_proj, i)),
-                                data(matrix(attention ? Param::o_proj : Param::out_proj, i)),
-                                data(matrix(Param::gate_proj, i)), data(matrix(Param::down_proj, i)),
-                                w(Param::norm1, i), w(Param::norm2, i), w(Param::res1, i), w(Param::res2, i),
-                                attention ? nullptr : w(Param::dt_bias, i), attention ? nullptr : w(Param::A_log, i),
-                                past.S, past.k, past.v});
+                list.push_back({data(mixer_in(i)), data(mixer_out(i)), data(matrix(Param::gate_proj, i)),
+                                data(matrix(Param::down_proj, i)), w(Param::norm1, i), w(Param::norm2, i),
+                                w(Param::res1, i), w(Param::res2, i), attention ? nullptr : w(Param::dt_bias, i),
+                                attention ? nullptr : w(Param::A_log, i), past.S, past.k, past.v});
             }
             CHECK_CUDA(cudaMemcpyAsync(state->token_layers, list.data(), list.size() * sizeof(TokenLayer),
                                        cudaMemcpyHostToDevice, stream));
@@ -5833,7 +5830,7 @@ void Model<A>::decode_whole(CudaState<A>* state, int64 vocab, int64 steps) {
                        sin_qk,
                        cos_cb,
                        sin_cb,
-                       data(matrix(c.tie ? Param::word_embed : Param::lm_head, -1)),
+                       data(head()),
                        tokens,
                        state->chosen,
                        state->cursor,
