@@ -529,6 +529,16 @@ __device__ inline void multiply(Accumulator<NT>& acc, const float* a, int lda, c
     }
 }
 
+// Two numbers in bf16, one word.
+__device__ inline uint32_t pack(float a, float b) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    uint32_t bits;
+    memcpy(&bits, &two, 4);
+    return bits;
+}
+__device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
 // 16 rows of K columns of an operand a that is used again and again, or that an accumulator already holds. bf16:
 // fragments in registers. An accumulator's layout is that of the fragments, so that a product can go on into the next
 // one without shared memory. float: just where the rows are; an accumulator is first written to `patch` (16 x K, the
@@ -542,16 +552,6 @@ struct Rows<bf16, K> {
         const bf16* p = a + (lane_id() % 8 + lane_id() / 8 % 2 * 8) * lda + lane_id() / 16 * 8;
 #pragma unroll
         for (int k = 0; k < K / 16; ++k) load_matrices<false>(r[k], p + 16 * k);
-    }
-    __device__ static uint32_t pack(float a, float b) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
-        uint32_t bits;
-        memcpy(&bits, &two, 4);
-        return bits;
-    }
-    __device__ static void unpack(float (&f)[2], uint32_t two) {
-        f[0] = __uint_as_float(two << 16);
-        f[1] = __uint_as_float(two & 0xFFFF0000u);
     }
     __device__ void take(const Accumulator<K / 8>& acc, bf16*) {
 #pragma unroll
@@ -659,11 +659,6 @@ __device__ inline void await(uint64_t* barrier, int phase) {
                      : "r"(shared_address(barrier)), "r"(phase & 1)
                      : "memory");
 }
-
-// Two numbers in bf16, one word (Rows has them, too).
-__device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-__device__ inline uint32_t pack(float a, float b) { return Rows<bf16, 16>::pack(a, b); }
 
 // How many tokens came before: a number, or where it lies on the device. A decode step is recorded once and replayed,
 // and the position is what changes from step to step.
@@ -2460,14 +2455,13 @@ __device__ inline void rotate_rows(Rows<bf16, N>& x, const SsdAngles<N>& angles,
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             uint32_t &lo = x.r[k][i], &hi = x.r[k + N / 32][i];
-            float c[2], s[2], a[2], b[2];
+            float c[2], s[2];
             angles.get(row + acc_row() + i % 2 * 8, 16 * k + i / 2 * 8 + acc_col(), c, s);
-            x.unpack(a, lo);
-            x.unpack(b, hi);
+            float a[2] = {low_half(lo), high_half(lo)}, b[2] = {low_half(hi), high_half(hi)};
             turn(a[0], b[0], c[0], s[0]);
             turn(a[1], b[1], c[1], s[1]);
-            lo = x.pack(a[0], a[1]);
-            hi = x.pack(b[0], b[1]);
+            lo = pack(a[0], a[1]);
+            hi = pack(b[0], b[1]);
         }
 }
 // Turns the rows of an accumulator: v[j], v[j + N/2] by angle j. f(h, j, c, s) gives the cosines and sines of j and
@@ -2534,10 +2528,9 @@ __device__ inline void load_scaled_transposed(Rows<bf16, kChunk>& a, SsdNarrow<t
         load_matrices<true>(a.r[k], x + spot(at, 16 * k + r + m / 2 * 8, col + m % 2 * 8));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float w[2], v[2];
+            float w[2];
             load<2>(w, f + 16 * k + i / 2 * 8 + acc_col());
-            a.unpack(v, a.r[k][i]);
-            a.r[k][i] = a.pack(w[0] * v[0], w[1] * v[1]);
+            a.r[k][i] = pack(w[0] * low_half(a.r[k][i]), w[1] * high_half(a.r[k][i]));
         }
     }
 }
