@@ -651,14 +651,21 @@ __device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-__device__ inline void await(uint64_t* barrier, int phase) {
-    int done = 0;
-    while (!done)
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(phase & 1)
-                     : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define BARRIER_WAIT "test_wait"
+#else
+#define BARRIER_WAIT "try_wait"
+#endif
+__device__ inline void await(uint32_t barrier, unsigned phase) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "again: mbarrier." BARRIER_WAIT
+        ".parity.shared.b64 p, [%0], %1;\n"
+        "@!p bra again;}" ::"r"(barrier),
+        "r"(phase & 1)
+        : "memory");
 }
+__device__ inline void await(uint64_t* barrier, unsigned phase) { await(shared_address(barrier), phase); }
 
 // How many tokens came before: a number, or where it lies on the device. A decode step is recorded once and replayed,
 // and the position is what changes from step to step.
@@ -806,10 +813,8 @@ struct Tiling {
 // Code for sm_90a has all this. In any other these functions are empty, and has_wgmma() keeps them from being called.
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA(...)
-#define ATTENTION_WAIT "test_wait"
 #else
 #define WGMMA(...) __VA_ARGS__
-#define ATTENTION_WAIT "try_wait"
 #endif
 
 // Where element (r,c) of a tile of kRows x kP lies.
@@ -1100,15 +1105,7 @@ struct Ring {
         __syncwarp();
         if (!engine || lane_id() == 0) arrive(barrier);
     }
-    __device__ static void wait(uint32_t barrier, unsigned i) {
-        asm volatile(
-            "{.reg .pred p;\n"
-            "again: mbarrier." ATTENTION_WAIT
-            ".parity.shared.b64 p, [%0], %1;\n"
-            "@!p bra again;}" ::"r"(barrier),
-            "r"(i / stages & 1)
-            : "memory");
-    }
+    __device__ static void wait(uint32_t barrier, unsigned i) { await(barrier, i / stages); }
     // load(barrier), which copies so many bytes for tile i.
     template <class F>
     __device__ void ask(int i, int bytes, const F& load) const {
