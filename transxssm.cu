@@ -402,12 +402,12 @@ class Blas {
 };
 
 // The three products of a linear layer. Rows of y and dy are ldy apart; x, dx, w and dw are dense.
-// y (rows,out) = x (rows,in) W^T
+// y (rows,out) = x (rows,in) W^T, or +=
 template <class Y, class A>
 static void linear_forward(Blas& blas, Y* y, int64 ldy, const A* x, const A* w, int64 rows, int64 in, int64 out,
-                           cudaStream_t stream) {
-    blas.matmul("matmul y = x W'", y, ldy, x, in, Layout::plain, w, in, Layout::transposed, rows, out, in, 1, false,
-                stream);
+                           cudaStream_t stream, bool accumulate = false) {
+    blas.matmul("matmul y = x W'", y, ldy, x, in, Layout::plain, w, in, Layout::transposed, rows, out, in, 1,
+                accumulate, stream);
 }
 // dx (rows,in) = scale dy (rows,out) W
 template <class A>
@@ -737,7 +737,8 @@ static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* st
 // ---------------------------------------------------------------------------------------------------------------------
 // 4  RMSNorm: rstd = 1 / sqrt(mean(x^2) + eps);  u = x * rstd * w
 // ---------------------------------------------------------------------------------------------------------------------
-// The kernel of section 8 does it, together with the residual that comes before; alone it has no m.
+// The kernel of section 8 does it, together with the residual that comes before; alone it has no m. Decoding has it inside
+// other kernels (section 11b).
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 5  RoPE: the pair (x_j, x_{j+d/2}) turns by the angle pos * theta^(-2j/d), j < d/2
@@ -3099,7 +3100,7 @@ static constexpr int64 kNormBlocks = 264;  // of a backward: two for each of 132
 struct RowCut {
     int W, K, warps;  // W K 32 warps >= D
 };
-// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers. A few rows (decoding) do
+// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers. A few rows (a short prompt) do
 // not fill the GPU: there a row has as many warps as it can use, since the packs of a thread wait for each other.
 static RowCut row_cut(int64 D, bool vectors, bool few_rows = false) {
     RowCut cut{vectors ? 4 : 1, 0, 1};
@@ -3123,6 +3124,7 @@ struct RawPack {
         bits = *reinterpret_cast<const Bits*>(row + (c < D ? c : 0));
         if (c >= D) bits = {};
     }
+    __device__ void read(const A* p) { bits = *reinterpret_cast<const Bits*>(p); }
     __device__ void write(A* row, int c, int D) const {
         if (c < D) *reinterpret_cast<Bits*>(row + c) = bits;
     }
@@ -3944,10 +3946,96 @@ struct DecodeCursor {
     int64 made;      // tokens chosen in this run
 };
 
+// ---- Norms and residuals without kernels of their own ---------------------------------------------------------------
+// A half of a layer is  out = w_res * x + W2 f(W1 (w_norm * x) rstd),  rstd = 1 / sqrt(mean(x^2) + eps).  So W1 diag(w_norm)
+// is kept (fold_norm_kernel) and multiplies x itself, and the kernel of f, between the products,
+// - multiplies what it reads by rstd, which each of its blocks makes from x's row (L2 cache), always in the same order;
+// - writes w_res * x to `out`, to which the product with W2 adds. Other blocks still read x: out is not x.
+template <class A>
+struct ResidualStream {
+    A* out;          // (B,D)
+    const A* x;      // (B,D)
+    const float* w;  // w_res (D)
+    int D;
+    float eps;
+
+    // Of sequence b, for all threads of the block, which works on no other.
+    __device__ float rstd(int64 b) const {
+        __shared__ float warps[32];
+        constexpr int W = 16 / int(sizeof(A));
+        const float sum = warp_sum(D % W == 0 ? squares<W>(x + b * D) : squares<1>(x + b * D));
+        if (lane_id() == 0) warps[threadIdx.x / 32] = sum;
+        __syncthreads();  // the warps' sums are there
+        return rsqrtf(warp_sum(lane_id() < int(blockDim.x) / 32 ? warps[lane_id()] : 0.0f) / float(D) + eps);
+    }
+    // w_res x of one column: asked for early, since w_res comes from memory, and written when it is there.
+    struct Column {
+        A x;
+        float w;
+    };
+    __device__ Column ask(int64 b, int c) const { return {x[b * D + c], w[c]}; }
+    __device__ void pass_on(int64 b, int c, const Column& at) const {
+        out[b * D + c] = from_float<A>(at.w * to_float(at.x));
+    }
+
+  private:
+    template <int W>
+    __device__ float squares(const A* row) const {
+        float sum = 0;
+        for (int c = int(threadIdx.x) * W; c < D; c += int(blockDim.x) * W) {
+            RawPack<A, W> pack;
+            float f[W];
+            pack.read(row, c, D);
+            pack.get(f);
+#pragma unroll
+            for (int i = 0; i < W; ++i) sum += f[i] * f[i];
+        }
+        return sum;
+    }
+};
+
+// folded (out,in) = W diag(w_norm), rounded once.
+template <class A>
+__global__ void fold_norm_kernel(A* folded, const float* w, const float* w_norm, int64 n, int64 in) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) folded[i] = from_float<A>(w[i] * w_norm[i % in]);
+}
+
+// h (B,F) = swiglu(rstd gate_up). A thread has W neighbours; `parts` blocks share a sequence.
+template <class A, int W>
+__global__ void __launch_bounds__(128)
+    swiglu_step_kernel(A* h, const A* gate_up, ResidualStream<A> residual, int F, int parts) {
+    const int64 b = blockIdx.x / parts;
+    const int thread = int(blockIdx.x) % parts * 128 + int(threadIdx.x), f = thread * W, D = residual.D;
+    RawPack<A, W> gate, up;
+    gate.read(gate_up + b * 2 * F, f, F);
+    up.read(gate_up + b * 2 * F + F, f, F);
+    auto column = residual.ask(b, min(thread, D - 1));
+    const float rstd = residual.rstd(b);
+    float g[W], u[W];
+    gate.get(g);
+    up.get(u);
+#pragma unroll
+    for (int k = 0; k < W; ++k) u[k] = swiglu<A>(rstd * g[k], rstd * u[k]);
+    up.set(u);
+    up.write(h + b * F, f, F);
+    for (int c = thread; c < D; column = residual.ask(b, min(c, D - 1))) {
+        residual.pass_on(b, c, column);
+        c += parts * 128;
+    }
+}
+template <class A>
+static void swiglu_step(A* h, const A* gate_up, const ResidualStream<A>& residual, int64 B, int64 F,
+                        cudaStream_t stream) {
+    const int W = F % 4 == 0 ? 4 : 1, parts = int(ceil_div(F, 128 * W));
+    launch("swiglu_step", W == 4 ? swiglu_step_kernel<A, 4> : swiglu_step_kernel<A, 1>, B * parts, 128, 0, stream, h,
+           gate_up, residual, int(F), parts);
+}
+
 // ---- SSD: S = a S + dt X (x) B,  y = S C;  a = exp(dA),  C and B turned by RoPE ---------------------------------------
 // One warp per kStepRows rows of the state of one (sequence, head), S (B,H,P,N) in place. A lane owns W neighbouring
-// pairs (j, j + N/2), which RoPE turns into each other. All rows are asked for before anything else, and loaded before the
-// first is written. With 64 sequences it takes as long as a copy of the same bytes.
+// pairs (j, j + N/2), which RoPE turns into each other. All rows are asked for before anything else, all else that is read
+// before any of it is needed. `parts` blocks of four warps share a sequence.
 
 static constexpr int kStepRows = 4;
 
@@ -3968,46 +4056,61 @@ __device__ inline void store_state(float* p, const float (&f)[W]) {
 
 template <class A, int W>
 __global__ void __launch_bounds__(128, 6)
-    ssd_step_kernel(A* y, float* S, const A* proj, const float* dt_bias, const float* A_log, const float* cos,
-                    const float* sin, bool decay, SsdShape n, Position position) {
+    ssd_step_kernel(A* y, float* S, const A* proj, ResidualStream<A> residual, const float* dt_bias, const float* A_log,
+                    const float* cos, const float* sin, bool decay, SsdShape n, Position position, int parts) {
     const int H = int(n.H), N = int(n.N), P = int(n.P), groups = (P + kStepRows - 1) / kStepRows, half = N / 2;
-    const int i = int(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32), pair = i / groups,
-              p0 = i % groups * kStepRows;
-    if (pair >= n.B * H) return;
-    const int b = pair / H, h = pair % H, rows = min(kStepRows, P - p0);
-    float* s = S + (int64(pair) * P + p0) * N;
+    const int b = int(blockIdx.x) / parts, warp = int(blockIdx.x) % parts * 4 + int(threadIdx.x) / 32;
+    const int i = min(warp, H * groups - 1), h = i / groups, p0 = i % groups * kStepRows;  // some have nothing to do
+    const int rows = warp < H * groups ? min(kStepRows, P - p0) : 0;
+    const int at = h * P + p0;
+    float* s = S + (int64(b) * H * P + at) * N;
+    const A *row = proj + b * n.ld, *C = row + h * N, *Bt = C + H * N, *X = row + 2 * H * N + at;
+    const int64 turns = position.get() * half;
     float lo[kStepRows][W], hi[kStepRows][W];
+    RawPack<A, W> raw_c[2], raw_b[2];
+    RawPack<float, W> raw_cos, raw_sin;
     int j = lane_id() * W;
-    const auto load_states = [&] {
+    const auto ask = [&] {
 #pragma unroll
         for (int r = 0; r < kStepRows; ++r)
             if (r < rows && j < half) {
                 load_state<W>(lo[r], s + r * N + j);
                 load_state<W>(hi[r], s + r * N + half + j);
             }
+        const int k = min(j, half - W);
+        raw_c[0].read(C + k);
+        raw_c[1].read(C + half + k);
+        raw_b[0].read(Bt + k);
+        raw_b[1].read(Bt + half + k);
+        raw_cos.read(cos + turns + k);
+        raw_sin.read(sin + turns + k);
     };
-    load_states();
-    const A *row = proj + b * n.ld, *C = row + h * N, *Bt = C + H * N, *X = row + 2 * H * N + h * P + p0;
-    const float dt = softplus(to_float(row[2 * H * N + H * P + h]) + dt_bias[h]);
-    const float a = decay ? expf(-expf(A_log[h]) * dt) : 1.0f;
-    cos += position.get() * half;
-    sin += position.get() * half;
+    ask();
+    const int own = max(0, min(lane_id(), rows - 1));  // a lane's row; those beyond do the last one's once more
+    const A raw_x = X[own], dt_raw = row[2 * H * N + H * P + h];
+    const float bias = dt_bias[h], log = decay ? A_log[h] : 0.0f;
+    const auto column = residual.ask(b, at + own);
+    const float rstd = residual.rstd(b), dt = softplus(rstd * to_float(dt_raw) + bias);
+    const float a = decay ? expf(-expf(log) * dt) : 1.0f;
+    residual.pass_on(b, at + own, column);
     float x[kStepRows], sum[kStepRows];
 #pragma unroll
     for (int r = 0; r < kStepRows; ++r) {
-        x[r] = r < rows ? dt * to_float(X[r]) : 0.0f;
+        x[r] = __shfl_sync(~0u, dt * rstd * to_float(raw_x), r);
         sum[r] = 0;
     }
-    for (; j < half; j += 32 * W, load_states()) {
+    while (j < half) {
         float c1[W], c2[W], b1[W], b2[W], turn_c[W], turn_s[W];
-        load<W>(c1, C + j);
-        load<W>(c2, C + half + j);
-        load<W>(b1, Bt + j);
-        load<W>(b2, Bt + half + j);
-        load<W>(turn_c, cos + j);
-        load<W>(turn_s, sin + j);
+        raw_c[0].get(c1);
+        raw_c[1].get(c2);
+        raw_b[0].get(b1);
+        raw_b[1].get(b2);
+        raw_cos.get(turn_c);
+        raw_sin.get(turn_s);
 #pragma unroll
         for (int k = 0; k < W; ++k) {
+            turn_c[k] *= rstd;
+            turn_s[k] *= rstd;
             const float c = c1[k] * turn_c[k] - c2[k] * turn_s[k], bt = b1[k] * turn_c[k] - b2[k] * turn_s[k];
             c2[k] = c2[k] * turn_c[k] + c1[k] * turn_s[k];
             b2[k] = b2[k] * turn_c[k] + b1[k] * turn_s[k];
@@ -4026,21 +4129,24 @@ __global__ void __launch_bounds__(128, 6)
                 store_state<W>(s + r * N + j, lo[r]);
                 store_state<W>(s + r * N + half + j, hi[r]);
             }
+        j += 32 * W;
+        if (j < half) ask();
     }
 #pragma unroll
     for (int r = 0; r < kStepRows; ++r) {
         const float total = warp_sum(sum[r]);
-        if (lane_id() == r && r < rows) y[int64(pair) * P + p0 + r] = from_float<A>(total);
+        if (lane_id() == r && r < rows) y[int64(b) * H * P + at + r] = from_float<A>(total);
     }
 }
-// proj: rows C | B | X | dt_raw, n.ld apart; n.T is 1.
+// proj: rows C | B | X | dt_raw, n.ld apart, not multiplied by rstd yet; n.T is 1.
 template <class A>
-static void ssd_step(A* y, float* S, const A* proj, const float* dt_bias, const float* A_log, const float* cos,
-                     const float* sin, bool decay, const SsdShape& n, Position position, cudaStream_t stream) {
+static void ssd_step(A* y, float* S, const A* proj, const ResidualStream<A>& residual, const float* dt_bias,
+                     const float* A_log, const float* cos, const float* sin, bool decay, const SsdShape& n,
+                     Position position, cudaStream_t stream) {
     const bool pairs = n.N % 4 == 0 && n.ld % 2 == 0;
-    launch("ssd_step", pairs ? ssd_step_kernel<A, 2> : ssd_step_kernel<A, 1>,
-           ceil_div(n.B * n.H * ceil_div(n.P, kStepRows), 4), 128, 0, stream, y, S, proj, dt_bias, A_log, cos, sin,
-           decay, n, position);
+    const int64 parts = ceil_div(n.H * ceil_div(n.P, kStepRows), 4);  // blocks that share a sequence
+    launch("ssd_step", pairs ? ssd_step_kernel<A, 2> : ssd_step_kernel<A, 1>, n.B * parts, 128, 0, stream, y, S, proj,
+           residual, dt_bias, A_log, cos, sin, decay, n, position, int(parts));
 }
 
 // ---- Attention: one query of each head over the cache -------------------------------------------------------------------
@@ -4150,13 +4256,14 @@ __device__ inline float score_of(const float (&q)[8], const float (&key)[8]) {
     return s;
 }
 // One split of one head: its keys, dealt out to the groups one by one, kKeys at a time; to the last one's group 0 also the
-// new key and value, which it appends if `appends`. k, v: the cache, rows ld apart; q, k_new, v_new: before RoPE.
+// new key and value, which it appends if `appends`. k, v: the cache, rows ld apart; q, k_new, v_new: before RoPE, to be
+// multiplied by what rstd() returns, which is called when the first keys are on their way.
 // kStages > 0: so many steps lie in the ring, in shared memory, or are on their way to it. A thread fills and reads 8 numbers
 // of each place and no others, so that nobody waits for anybody. 0: keys are read when they are needed.
-template <int kLanes, bool aligned, int kKeys, int kStages, class A>
+template <int kLanes, bool aligned, int kKeys, int kStages, class A, class Rstd>
 __device__ inline OnlineSoftmax attend(A* ring, A* k, A* v, int64 ld, const A* q_new, const A* k_new, const A* v_new,
                                        const float* cos, const float* sin, int64 past, int split, int splits,
-                                       bool appends, int group, int groups, int e, int P) {
+                                       bool appends, int group, int groups, int e, int P, Rstd rstd) {
     const int64 per_split = (past + splits - 1) / splits, first = split * per_split,
                 last = min(past, first + per_split);
     const int step = groups * kKeys;
@@ -4178,8 +4285,9 @@ __device__ inline OnlineSoftmax attend(A* ring, A* k, A* v, int64 ld, const A* q
     sin += past * (P / 2);
     float q[8];
     load_turned8(q, q_new, e, P, cos, sin);
+    const float scale = rstd();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) q[i] *= kLog2e * rsqrtf(float(P));
+    for (int i = 0; i < 8; ++i) q[i] *= scale * kLog2e * rsqrtf(float(P));
     OnlineSoftmax mean;
     int stage = 0;
     for (int64 s0 = first; s0 < last; s0 += step, ++stage) {
@@ -4209,6 +4317,11 @@ __device__ inline OnlineSoftmax attend(A* ring, A* k, A* v, int64 ld, const A* q
     float key[1][8], value[1][8];
     load_turned8(key[0], k_new, e, P, cos, sin);
     load_row8<false>(value[0], v_new, e, P);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        key[0][i] *= scale;
+        value[0][i] *= scale;
+    }
     const float score[1] = {score_of<kLanes>(q, key[0])};
     if (group > 0) return mean;
     mean.add(score, value);
@@ -4238,8 +4351,8 @@ __device__ inline void join_groups(float* out, float* top, float* sum, const flo
 template <class A, int kLanes, bool aligned>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_step_kernel(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
-                          const float* cos, const float* sin, AttentionShape n, Position position, int splits,
-                          int heads, int groups) {
+                          ResidualStream<A> residual, const float* cos, const float* sin, AttentionShape n,
+                          Position position, int splits, int heads, int groups) {
     extern __shared__ __align__(16) unsigned char shared[];
     float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(shared);
     const int H = int(n.H), P = int(n.P), block = int(blockIdx.x) / splits, split = int(blockIdx.x) % splits;
@@ -4252,7 +4365,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     const OnlineSoftmax mean = attend<kLanes, aligned, kStepKeys, kStages>(
         reinterpret_cast<A*>(shared), k_cache + b * n.seq_kv + hkv * P, v_cache + b * n.seq_kv + hkv * P, n.ld_kv,
         q_new, k_new, k_new + n.Hkv * P, cos, sin, position.get(), split, splits, h % shared_by == 0, group, groups, e,
-        P);
+        P, [&] {
+            for (int c = first_head * P + int(threadIdx.x); c < (first_head + heads) * P && split == 0;
+                 c += int(blockDim.x))
+                residual.pass_on(b, c, residual.ask(b, c));
+            return residual.rstd(b);
+        });
     __syncthreads();  // the ring has been read: its place is used again
 #pragma unroll
     for (int i = 0; i < 8; ++i) joined[entry][e + i] = mean.out[i];
@@ -4298,11 +4416,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         y[int64(b * H + first_head) * P + i] = from_float<A>(out / sum);
     }
 }
-// proj: rows q | k | v before RoPE, n.ld_q apart; the caches' rows are n.ld_kv apart. n.T is 1.
+// proj: rows q | k | v before RoPE, not multiplied by rstd yet, n.ld_q apart; the caches' rows are n.ld_kv apart. n.T is 1.
 template <class A>
 static void attention_step(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
-                           const float* cos, const float* sin, const AttentionShape& n, Position position, int64 splits,
-                           cudaStream_t stream) {
+                           const ResidualStream<A>& residual, const float* cos, const float* sin,
+                           const AttentionShape& n, Position position, int64 splits, cudaStream_t stream) {
     const int lanes = attention_lanes(n.P), heads = int(attention_heads(n.H, n.P)),
               groups = std::max(1, kDecodeThreads / (heads * lanes)),
               threads = int(round_up(heads * groups * lanes, 32));
@@ -4310,7 +4428,7 @@ static void attention_step(A* y, float* partial, unsigned* tickets, A* k_cache, 
     const size_t bytes = size_t(threads * (n.P % 8 == 0 ? kRingBytes : 64));
     const auto go = [&](auto kernel) {
         launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads, bytes, stream, y, partial, tickets,
-               k_cache, v_cache, proj, cos, sin, n, position, int(splits), heads, groups);
+               k_cache, v_cache, proj, residual, cos, sin, n, position, int(splits), heads, groups);
     };
     if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
     else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
@@ -4590,7 +4708,7 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
         OnlineSoftmax mean = attend<kLanes, true, 4, 0>(
             (bf16*)nullptr, l.k + at, l.v + at, kv_row, numbers + at_q % 6, numbers + kTokenStage * 6 + at_k % 6,
             numbers + 2 * kTokenStage * 6 + at_v % 6, g.cos_qk, g.sin_qk, past, split, n.splits, h % (n.H / n.Hkv) == 0,
-            thread / kLanes, kTokenThreads / kLanes, e, n.P);
+            thread / kLanes, kTokenThreads / kLanes, e, n.P, [] { return 1.0f; });
         mean.template merge<kLanes>();
         if (lane < kLanes) {
 #pragma unroll
@@ -5257,6 +5375,7 @@ struct CudaState : State {
 struct Matrix {
     int64 master;  // offset in the flat buffers
     int64 copy;    // offset in the rounded copy
+    int64 folded;  // offset in decoding's copy, of those behind a norm
     int64 in, out, ld;
 };
 
@@ -5308,8 +5427,9 @@ class Model {
 
   private:
     Blas blas;
-    Memory buffers[4], copy, adamw_tiles, activations, rope_memory, scratch;
-    int64 adamw_tile_count = 0, copy_count = 0;
+    Memory buffers[4], copy, folded, adamw_tiles, activations, rope_memory, scratch;
+    int64 adamw_tile_count = 0, copy_count = 0, folded_count = 0;
+    int64 weights_version = 1, folded_version = 0;       // how often the weights have changed; as of when `folded` is
     std::map<std::pair<int64, Param>, Matrix> matrices;  // (layer, first parameter)
     // of the last forward
     std::vector<LayerActivations<A>> layers;
@@ -5346,8 +5466,8 @@ class Model {
     }
     // y = x W^T; and dx = scale dy W, dW += scale dy^T x
     template <class Y>
-    void linear(Y* y, const A* x, const Matrix& a, int64 rows) {
-        linear_forward(blas, y, a.ld, x, data(a), rows, a.in, kCopy ? a.ld : a.out, stream);
+    void linear(Y* y, const A* x, const Matrix& a, int64 rows, bool accumulate = false) {
+        linear_forward(blas, y, a.ld, x, data(a), rows, a.in, kCopy ? a.ld : a.out, stream, accumulate);
     }
     void linear_backward_input(A* d_x, const A* d_y, const Matrix& a, int64 rows, float scale = 1) {
         cuda::linear_backward_input(blas, d_x, d_y, a.ld, data(a), rows, a.in, kCopy ? a.ld : a.out, scale, stream);
@@ -5366,12 +5486,13 @@ class Model {
     void carve(Arena*, int64 batch, int64 length, bool training);
     void prepare(int64 batch, int64 length, bool training);
     void extend_rope(int64 positions);
-    void layers_forward(CudaState<A>* state, Position before);
-    void layer_forward(int64 layer, CudaState<A>* state, Position before, A* hidden);
+    void layers_forward(CudaState<A>* state, int64 before);
+    void layer_forward(int64 layer, CudaState<A>* state, int64 before, A* hidden);
     void remake(int64 layer);
     void decode_step(CudaState<A>* state, int64 vocab);
+    void decode_layers(CudaState<A>* state);
     void decode_whole(CudaState<A>* state, int64 vocab, int64 steps);
-    void decode_mixer(int64 layer, CudaState<A>* state, Position before);
+    void fold_norms();
     void check_tokens(const int32_t* ids, int64 n) const {
         for (int64 r = 0; r < n; ++r)
             if (ids[r] < 0 || ids[r] >= config.V)
@@ -5383,7 +5504,7 @@ class Model {
             fail("state has %lld sequences and room for %lld tokens; asked for %lld sequences and %lld tokens",
                  (long long)state.B, (long long)state.capacity, (long long)batch, (long long)(state.position + count));
     }
-    void mixer_forward(int64 layer, CudaState<A>* state, Position before);
+    void mixer_forward(int64 layer, CudaState<A>* state, int64 before);
     void mixer_backward(int64 layer);
 
     // As the reference's: shows a tensor of the layer called `name`, B*T rows `ld` apart (0: without gaps), to the probe.
@@ -5429,16 +5550,17 @@ Model<A>::Model(const Config& c, bool recompute_layers)
     CHECK_CUDA(cudaStreamCreate(&stream));
 
     // The matrices, and where their rounded copies lie: 256 bytes apart, so that each begins aligned.
-    const auto add = [&](Param p, int64 layer, int64 out, int64 in, int64 ld) {
-        matrices[{layer, p}] = {table.offset(p, layer), copy_count, in, out, ld};
+    const auto add = [&](Param p, int64 layer, int64 out, int64 in, int64 ld, bool normed = false) {
+        matrices[{layer, p}] = {table.offset(p, layer), copy_count, folded_count, in, out, ld};
         copy_count += round_up(ld * in, 128);
+        if (normed) folded_count += round_up(ld * in, 128);
     };
     for (int64 i = 0; i < c.L; ++i) {
         const bool attention = c.is_attention(i);
-        if (attention) add(Param::q_proj, i, c.attn_width(), c.D, padded32(c.attn_width()));
-        else add(Param::c_proj, i, c.ssd_width(), c.D, padded32(c.ssd_width()));
+        if (attention) add(Param::q_proj, i, c.attn_width(), c.D, padded32(c.attn_width()), true);
+        else add(Param::c_proj, i, c.ssd_width(), c.D, padded32(c.ssd_width()), true);
         add(attention ? Param::o_proj : Param::out_proj, i, c.D, c.D, c.D);
-        add(Param::gate_proj, i, 2 * c.F, c.D, 2 * c.F);
+        add(Param::gate_proj, i, 2 * c.F, c.D, 2 * c.F, true);
         add(Param::down_proj, i, c.D, c.F, c.D);
     }
     add(c.tie ? Param::word_embed : Param::lm_head, -1, c.V, c.D, padded8(c.V));
@@ -5467,6 +5589,7 @@ Model<A>::Model(const Config& c, bool recompute_layers)
 
 template <class A>
 void Model<A>::weights_written() {
+    ++weights_version;
     if (kCopy)
         launch("copy_weights", copy_weights_kernel<A>, adamw_tile_count, 256, 0, stream, copy.at<A>(),
                buffers[0].at<float>(), adamw_tiles.at<AdamWTile>());
@@ -5685,7 +5808,7 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
 
 // tokens -> u_final
 template <class A>
-void Model<A>::layers_forward(CudaState<A>* state, Position before) {
+void Model<A>::layers_forward(CudaState<A>* state, int64 before) {
     const Config& c = config;
     const int64 rows = B * T, D = c.D;
     embedding_forward(layers[0].x, tokens, w(Param::word_embed), rows, D, stream);
@@ -5714,7 +5837,7 @@ void Model<A>::layers_forward(CudaState<A>* state, Position before) {
 // x, u1 -> y, x_mid, u2, gate_up: with x and u1 all that the layer's backward pass reads; and the feed-forward's hidden
 // (null: not wanted), which that one makes again
 template <class A>
-void Model<A>::layer_forward(int64 i, CudaState<A>* state, Position before, A* hidden) {
+void Model<A>::layer_forward(int64 i, CudaState<A>* state, int64 before, A* hidden) {
     const Config& c = config;
     LayerActivations<A>& a = layers[size_t(i)];
     const int64 rows = B * T, D = c.D, F = c.F;
@@ -5752,6 +5875,7 @@ void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 cou
     T = 1;
     prepare(B, 1, false);
     extend_rope(state->position + count);
+    if (!state->whole) fold_norms();
     CHECK_CUDA(cudaMemcpyAsync(tokens, last_tokens, size_t(B) * sizeof(int32_t), cudaMemcpyHostToDevice, stream));
     std::vector<int32_t> run(size_t(kDecodeRun * B));
     for (int64 made = 0; made < count; made += kDecodeRun) {
@@ -5784,7 +5908,7 @@ void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 cou
 template <class A>
 void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
     const auto work = [&] {
-        layers_forward(state, {state->position, &state->cursor->position});
+        decode_layers(state);
         linear(logits32, u_final, head(), B);
         launch("best_logit", best_logit_kernel, B, 1024, 0, stream, state->best, logits32, vocab, head().ld);
         launch("choose", choose_kernel, 1, 256, 0, stream, tokens, state->chosen, state->cursor, state->best, B);
@@ -5803,6 +5927,59 @@ void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
         state->graph_vocab = vocab;
     }
     CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
+}
+
+// Decoding's copy of the matrices behind a norm, unless the weights are those of the last time.
+template <class A>
+void Model<A>::fold_norms() {
+    if (folded_version == weights_version) return;
+    if (folded.size() == 0) {
+        folded.make<A>(folded_count, "decoding's copy of the weights");
+        CHECK_CUDA(cudaMemsetAsync(folded.at(), 0, folded.size(), stream));  // the padding
+    }
+    const auto fold = [&](const Matrix& a, const float* w_norm) {
+        launch("fold_norm", fold_norm_kernel<A>, ceil_div(a.out * a.in, 256), 256, 0, stream, folded.at<A>() + a.folded,
+               buffers[0].at<float>() + a.master, w_norm, a.out * a.in, a.in);
+    };
+    for (int64 i = 0; i < config.L; ++i) {
+        fold(mixer_in(i), w(Param::norm1, i));
+        fold(matrix(Param::gate_proj, i), w(Param::norm2, i));
+    }
+    folded_version = weights_version;
+}
+
+// tokens -> u_final, of one token of each sequence: layers_forward with norms and residuals inside other kernels (section
+// 11b). x and x_mid turn into each other, each product with a folded matrix reads one of them, the next adds to the other.
+template <class A>
+void Model<A>::decode_layers(CudaState<A>* state) {
+    const Config& c = config;
+    const int64 row = c.Hkv * c.P();
+    const AttentionShape attention{B, 1, 0, c.H, c.Hkv, c.P(), padded32(c.attn_width()), row, state->capacity * row};
+    const SsdShape ssd{B, 1, c.H, c.P(), c.N, c.Q, padded32(c.ssd_width())};
+    const Position before{state->position, &state->cursor->position};
+    LayerActivations<A>& a = layers[0];  // every layer's
+    const auto linear_folded = [&](A* y, const A* x, const Matrix& of) {
+        linear_forward(blas, y, of.ld, x, folded.at<A>() + of.folded, B, of.in, of.ld, stream);
+    };
+    embedding_forward(a.x, tokens, w(Param::word_embed), B, c.D, stream);
+    for (int64 i = 0; i < c.L; ++i) {
+        auto& past = state->layers[size_t(i)];
+        const ResidualStream<A> residual1{a.x_mid, a.x, w(Param::res1, i), int(c.D), float(c.norm_eps)},
+            residual2{a.x, a.x_mid, w(Param::res2, i), int(c.D), float(c.norm_eps)};
+        linear_folded(a.proj, a.x, mixer_in(i));
+        if (c.is_attention(i))
+            attention_step(a.y, state->attention_partial, state->tickets, past.k, past.v, a.proj, residual1, cos_qk,
+                           sin_qk, attention, before, state->splits, stream);
+        else
+            ssd_step(a.y, past.S, a.proj, residual1, w(Param::dt_bias, i), w(Param::A_log, i), cos_cb, sin_cb,
+                     c.ssd_decay, ssd, before, stream);
+        linear(a.x_mid, a.y, mixer_out(i), B, true);
+        linear_folded(a.gate_up, a.x_mid, matrix(Param::gate_proj, i));
+        swiglu_step(h, a.gate_up, residual2, B, c.F, stream);
+        linear(a.x, h, matrix(Param::down_proj, i), B, true);
+    }
+    residual_norm_forward<A>(nullptr, u_final, rstd_final, a.x, nullptr, nullptr, w(Param::final_norm), c.norm_eps, {},
+                             B, c.D, stream);
 }
 
 // Several, in one kernel.
@@ -5851,28 +6028,10 @@ void Model<A>::decode_whole(CudaState<A>* state, int64 vocab, int64 steps) {
     }
 }
 
-// proj -> y for one token of each sequence
-template <class A>
-void Model<A>::decode_mixer(int64 i, CudaState<A>* state, Position before) {
-    const Config& c = config;
-    LayerActivations<A>& a = layers[size_t(i)];
-    auto& past = state->layers[size_t(i)];
-    if (c.is_attention(i)) {
-        const int64 row = c.Hkv * c.P();
-        const AttentionShape n{B, 1, 0, c.H, c.Hkv, c.P(), padded32(c.attn_width()), row, state->capacity * row};
-        attention_step(a.y, state->attention_partial, state->tickets, past.k, past.v, a.proj, cos_qk, sin_qk, n, before,
-                       state->splits, stream);
-    } else {
-        const SsdShape n{B, 1, c.H, c.P(), c.N, c.Q, padded32(c.ssd_width())};
-        ssd_step(a.y, past.S, a.proj, w(Param::dt_bias, i), w(Param::A_log, i), cos_cb, sin_cb, c.ssd_decay, n, before,
-                 stream);
-    }
-}
-
 // u1 -> y: one product makes C|B|X|dt_raw or q|k|v side by side. RoPE turns q and k in place; C and B stay as they are,
 // the SSD kernels turn them on chip.
 template <class A>
-void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
+void Model<A>::mixer_forward(int64 i, CudaState<A>* state, int64 before) {
     const Config& c = config;
     LayerActivations<A>& a = layers[size_t(i)];
     typename CudaState<A>::Layer* past = state ? &state->layers[size_t(i)] : nullptr;
@@ -5881,11 +6040,10 @@ void Model<A>::mixer_forward(int64 i, CudaState<A>* state, Position before) {
     const int64 ld = projection.ld;
     linear(a.proj, a.u1, projection, rows);
     if (probe) see_rotated("", i, a.proj, ld);
-    if (past && T == 1) return decode_mixer(i, state, before);
     if (c.is_attention(i)) {
         A *q = a.proj, *k = q + H * P, *v = k + c.Hkv * P;
         rope(q, cos_qk, sin_qk, P, B, T, H + c.Hkv, ld, before, false, stream);  // q and k are neighbours
-        AttentionShape n{B, T, before.value + T, H, c.Hkv, P, ld, ld, T * ld};
+        AttentionShape n{B, T, before + T, H, c.Hkv, P, ld, ld, T * ld};
         if (past) {  // append to the cache and attend to all of it
             n.ld_kv = c.Hkv * P;
             n.seq_kv = state->capacity * n.ld_kv;
@@ -6080,6 +6238,7 @@ double Model<A>::gradient_norm() {
 
 template <class A>
 void Model<A>::update(const AdamW& o, double lr, int64 step, double grad_scale) {
+    ++weights_version;
     launch("adamw", adamw_kernel<A>, adamw_tile_count, 256, 0, stream, buffer(Buffer::weights), copy.at<A>(),
            buffer(Buffer::exp_avg), buffer(Buffer::exp_avg_sq), buffer(Buffer::gradients), adamw_tiles.at<AdamWTile>(),
            adamw_rates(o, lr, step, grad_scale));
@@ -6412,11 +6571,18 @@ void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float
                         ld, 0, nullptr);
     });
 }
+// A residual stream whose rstd is 1.
+template <class A>
+static ResidualStream<A> unit_stream(Arrays<A>& a, Arrays<float>& f, int64 B, int64 D) {
+    const std::vector<float> ones(size_t(B * D), 1.0f);
+    return {a.scratch(B * D), a.in(ones), f.in(ones.data(), D), int(D), 0};
+}
 void ssd_step(Precision p, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
               const ref::RopeTable<float>& table, int64 pos, bool decay, const SsdShape& n) {
     twin(p, [&](auto& a, auto& f) {
         ssd_step(a.out(Y, n.B * n.H * n.P), f.inout(S, n.B * n.H * n.P * n.N), a.in(proj, n.B * n.ld),
-                 f.in(dt_bias, n.H), f.in(A_log, n.H), f.in(table.cos), f.in(table.sin), decay, n, pos, nullptr);
+                 unit_stream(a, f, n.B, n.H * n.P), f.in(dt_bias, n.H), f.in(A_log, n.H), f.in(table.cos),
+                 f.in(table.sin), decay, n, pos, nullptr);
     });
 }
 void attention_step(Precision p, float* y, float* k_cache, float* v_cache, const float* proj,
@@ -6424,8 +6590,8 @@ void attention_step(Precision p, float* y, float* k_cache, float* v_cache, const
     twin(p, [&](auto& a, auto& f) {
         attention_step(a.out(y, n.B * n.H * n.P), f.scratch(n.B * n.H * splits * (n.P + 2)),
                        reinterpret_cast<unsigned*>(f.scratch(n.B * n.H)), a.inout(k_cache, n.B * n.seq_kv),
-                       a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q), f.in(table.cos), f.in(table.sin), n,
-                       past, splits, nullptr);
+                       a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q), unit_stream(a, f, n.B, n.H * n.P),
+                       f.in(table.cos), f.in(table.sin), n, past, splits, nullptr);
     });
 }
 // RoPE's table on the device; null: none. It needs kSsdRopeRows positions.
@@ -6561,24 +6727,15 @@ static double elapsed_ms(const Profile& p, size_t i) {  // from mark i-1 to mark
     return double(ms);
 }
 
-// Times f. First a call of no account, in which memory is laid out and algorithms are chosen, and calls until the GPU has done
-// this work for a while: after a large product, say, its clock takes some time to rise again. Then `repeats` calls, but no
-// more than fit into two seconds, and at least three. An event after each: kernels follow one another without gaps.
-static constexpr double kWarmSeconds = 0.15;
-
+// Times f: two calls of no account, in which memory is laid out and algorithms are chosen, then `repeats` calls, but no more
+// than fit into two seconds, and at least three. An event after each: kernels follow one another without gaps.
 static void measure(BenchRow* r, int64 repeats, const std::function<void()>& f) {
     f();
     CHECK_CUDA(cudaDeviceSynchronize());
     const double start = wall_seconds();
-    double seconds;
-    int64 calls = 0;
-    do {
-        f();
-        CHECK_CUDA(cudaDeviceSynchronize());
-        seconds = wall_seconds() - start;
-        ++calls;
-    } while (seconds < kWarmSeconds);
-    const double once = seconds / double(calls);
+    f();
+    CHECK_CUDA(cudaDeviceSynchronize());
+    const double once = wall_seconds() - start;
     r->runs = std::min(repeats, std::max<int64>(3, int64(2 / once)));
     Profile marks;
     for (int64 i = 0; i <= r->runs; ++i) {
