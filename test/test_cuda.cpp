@@ -926,6 +926,30 @@ TEST_CASE("cuda: greedy decoding chooses the tokens that its own logits rank fir
     CHECK_ERROR(gpu->decode_greedy(*gpu->new_state(1, 4), &token, 2, 100, &token), "is not a finite number");
 }
 
+TEST_CASE("cuda: decoding follows the weights when they change") {
+    for (const Case& k : precisions) {
+        CAPTURE(k.name);
+        const Config c = small();
+        const int64 B = 3;
+        const auto tokens = random_tokens(c.V, B);
+        const auto decoded = [&](Engine& e) {
+            std::vector<float> logits(size_t(B * c.V));
+            e.step(*e.new_state(B, 1), tokens.data(), 1, logits.data());
+            return logits;
+        };
+        const auto old = make_cuda_engine(c, k.precision), fresh = make_cuda_engine(c, k.precision);
+        old->write(Buffer::weights, lively_weights(k.precision, c).data());
+        const auto before = decoded(*old);
+        train_steps(*old, 1, 2, 9, 1e-2);  // an optimizer's step
+        fresh->write(Buffer::weights, read_buffer(*old, Buffer::weights).data());
+        const auto after = decoded(*old);
+        CHECK(after != before);
+        CHECK_EQ(compare_bits("logits", after, decoded(*fresh)), "");
+        old->write(Buffer::weights, lively_weights(k.precision, c).data());
+        CHECK_EQ(compare_bits("logits", decoded(*old), before), "");
+    }
+}
+
 TEST_CASE("cuda: a saved state goes on as if it had not been saved, and moves between CPU and GPU") {
     const Config c = small();
     TempDir tmp;
