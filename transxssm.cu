@@ -4451,24 +4451,25 @@ __device__ inline Ranked warp_max(Ranked x) {
     for (int d = 16; d > 0; d /= 2) x = max(x, __shfl_xor_sync(~0u, x, d));
     return x;
 }
-// best (B); logits in rows ld apart, a multiple of 8. One block per sequence.
-__global__ void __launch_bounds__(1024) best_logit_kernel(Ranked* best, const float* logits, int64 vocab, int64 ld) {
-    __shared__ Ranked warps[32];
+// best (B), zeros before; logits in rows ld apart, a multiple of 8. `parts` blocks share a sequence.
+__global__ void __launch_bounds__(256)
+    best_logit_kernel(Ranked* best, const float* logits, int64 vocab, int64 ld, int64 parts) {
+    const int64 b = blockIdx.x / parts;
     Ranked top = 0;
 #pragma unroll 4
-    for (int64 i = int64(threadIdx.x) * 4; i < vocab; i += 4096) {
+    for (int64 i = (blockIdx.x % parts * 256 + threadIdx.x) * 4; i < vocab; i += parts * 1024) {
         float z[4];
-        load<4>(z, logits + blockIdx.x * ld + i);
+        load<4>(z, logits + b * ld + i);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             if (i + k < vocab) top = max(top, ranked(z[k], i + k));
     }
     top = warp_max(top);
-    if (lane_id() == 0) warps[threadIdx.x / 32] = top;
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    top = warp_max(warps[threadIdx.x]);
-    if (threadIdx.x == 0) best[blockIdx.x] = top;
+    if (lane_id() == 0) atomicMax(best + b, top);
+}
+static void best_logit(Ranked* best, const float* logits, int64 B, int64 vocab, int64 ld, cudaStream_t stream) {
+    const int64 parts = std::min(ceil_div(vocab, 4096), ceil_div(1056, B));  // four loads a thread, or more
+    launch("best_logit", best_logit_kernel, B * parts, 256, 0, stream, best, logits, vocab, ld, parts);
 }
 __device__ inline int32_t token_of(Ranked best) { return int32_t(~0u - uint32_t(best)); }
 // As the host is told; -1 - token: its logit is not a finite number (NaN or +inf; the best is -inf).
@@ -4476,13 +4477,14 @@ __device__ inline int32_t reported(Ranked best) {
     const uint32_t key = uint32_t(best >> 32);
     return key == ~0u || key == 0x007FFFFFu ? -1 - token_of(best) : token_of(best);
 }
-// Ends a step: the tokens chosen are the next step's input, and are kept as entry cursor->made of `chosen` (steps,B). One
-// block.
-__global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cursor, const Ranked* best, int64 B) {
+// Ends a step: the tokens chosen are the next step's input, and are kept as entry cursor->made of `chosen` (steps,B); best
+// is zero again. One block.
+__global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cursor, Ranked* best, int64 B) {
     const int64 made = cursor->made;
     for (int64 b = threadIdx.x; b < B; b += blockDim.x) {
         tokens[b] = token_of(best[b]);
         chosen[made * B + b] = reported(best[b]);
+        best[b] = 0;
     }
     __syncthreads();  // all have read the cursor
     if (threadIdx.x > 0) return;
@@ -5910,7 +5912,7 @@ void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
     const auto work = [&] {
         decode_layers(state);
         linear(logits32, u_final, head(), B);
-        launch("best_logit", best_logit_kernel, B, 1024, 0, stream, state->best, logits32, vocab, head().ld);
+        best_logit(state->best, logits32, B, vocab, head().ld, stream);
         launch("choose", choose_kernel, 1, 256, 0, stream, tokens, state->chosen, state->cursor, state->best, B);
     };
     if (state->steps++ == 0 || profile) return work();  // cuBLASLt makes its plans
