@@ -4158,7 +4158,7 @@ static void ssd_step(A* y, float* S, const A* proj, const ResidualStream<A>& res
 // and the last block to be done of those with the same heads joins the splits in their order. The new key and value are
 // appended on the way; they are taken from the projection, since another block may be writing them.
 
-static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256;
+static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256, kJoined = 12;
 static int attention_lanes(int64 P) { return P % 8 == 0 && P <= 64 ? 8 : 16; }
 // Heads that a block takes: a divisor of H.
 static int64 attention_heads(int64 H, int64 P) {
@@ -4388,32 +4388,47 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         to[P + 1] = sum;
     }
     __shared__ bool last;
-    __threadfence();
-    __syncthreads();  // the block's part is there for all to see
-    if (threadIdx.x == 0) last = atomicInc(tickets + block, unsigned(splits - 1)) == unsigned(splits - 1);
+    __syncthreads();  // the block's part is written; its ticket publishes it, and takes note of those with earlier ones
+    if (threadIdx.x == 0) {
+        unsigned ticket;
+        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                     : "=r"(ticket)
+                     : "l"(tickets + block), "r"(splits - 1)
+                     : "memory");
+        last = ticket == unsigned(splits - 1);
+    }
     __syncthreads();
     if (!last) return;
-    __threadfence();
-    // What the other blocks left is read past the L1 cache, which may know an earlier state of its lines; many at a time, since
-    // nothing else is left to do meanwhile.
-    float2* weight = reinterpret_cast<float2*>(shared);  // (heads,splits): top, sum
-    const float* from = partial + int64(b * H + first_head) * splits * (P + 2);
-    for (int i = int(threadIdx.x); i < heads * splits; i += int(blockDim.x))
-        weight[i] = make_float2(__ldcg(from + i * (P + 2) + P), __ldcg(from + i * (P + 2) + P + 1));
-    __syncthreads();  // the weights are there
-    for (int i = int(threadIdx.x); i < heads * P; i += int(blockDim.x)) {
-        const int at = i / P * splits;
-        float top = -1e30f, sum = 0, out = 0;
-        for (int s = 0; s < splits; ++s) top = fmaxf(top, weight[at + s].x);
-        for (int s0 = 0; s0 < splits; s0 += 8)
+    // Two numbers of a head's result, many parts at a time: nothing else is left to do while they are on their way.
+    for (int i = int(threadIdx.x); i < heads * P / 2; i += int(blockDim.x)) {
+        const float2* part =
+            reinterpret_cast<const float2*>(partial + int64(b * H + first_head + i / (P / 2)) * splits * (P + 2));
+        float top = -1e30f, sum = 0, out[2] = {};
+        for (int s0 = 0; s0 < splits; s0 += kJoined) {
+            float2 x[kJoined], weight[kJoined];
 #pragma unroll
-            for (int u = 0; u < 8; ++u) {
-                const int s = at + min(s0 + u, splits - 1);
-                const float scale = s0 + u < splits ? exp2_fast(weight[s].x - top) : 0.0f;
-                sum += scale * weight[s].y;
-                out += scale * __ldcg(from + s * (P + 2) + i % P);
+            for (int u = 0; u < kJoined; ++u) {
+                const int at = min(s0 + u, splits - 1) * (P / 2 + 1);
+                x[u] = __ldcg(part + at + i % (P / 2));
+                weight[u] = __ldcg(part + at + P / 2);
             }
-        y[int64(b * H + first_head) * P + i] = from_float<A>(out / sum);
+            float new_top = top;
+#pragma unroll
+            for (int u = 0; u < kJoined; ++u) new_top = fmaxf(new_top, weight[u].x);
+            const float shrink = exp2_fast(top - new_top);
+            top = new_top;
+            sum *= shrink;
+            out[0] *= shrink;
+            out[1] *= shrink;
+#pragma unroll
+            for (int u = 0; u < kJoined; ++u) {
+                const float scale = s0 + u < splits ? exp2_fast(weight[u].x - top) : 0.0f;
+                sum += scale * weight[u].y;
+                out[0] += scale * x[u].x;
+                out[1] += scale * x[u].y;
+            }
+        }
+        store2(y + int64(b * H + first_head) * P + 2 * i, out[0] / sum, out[1] / sum);
     }
 }
 // proj: rows q | k | v before RoPE, not multiplied by rstd yet, n.ld_q apart; the caches' rows are n.ld_kv apart. n.T is 1.
