@@ -4166,11 +4166,13 @@ static int64 attention_heads(int64 H, int64 P) {
     while (H % heads) --heads;
     return heads;
 }
-// Splits by the state's shape alone, not by how much of it is filled: enough blocks for one round of two on each of 132
-// multiprocessors (of an H100, which has room for two rings on each), for four rounds where one would leave many of them
-// idle; no more than one for every 128 keys of a full state.
+// Splits by the state's shape alone, not by how much of it is filled: one block for each of 132 multiprocessors (of an
+// H100), where that would leave many of them idle two or four, in one round, or eight; no more than one for every 128 keys
+// of a full state.
 static int64 attention_splits(int64 B, int64 H, int64 P, int64 capacity) {
-    const int64 others = B * H / attention_heads(H, P), blocks = 264 / others * others >= 250 ? 264 : 1056;
+    const int64 others = B * H / attention_heads(H, P);
+    int64 blocks = 132;
+    while (blocks < 1056 && blocks / others * others < blocks * 19 / 20) blocks *= 2;
     return std::max<int64>(1, std::min<int64>({blocks / others, ceil_div(capacity, 128), 64}));
 }
 
