@@ -6746,15 +6746,24 @@ static double elapsed_ms(const Profile& p, size_t i) {  // from mark i-1 to mark
     return double(ms);
 }
 
-// Times f: two calls of no account, in which memory is laid out and algorithms are chosen, then `repeats` calls, but no more
-// than fit into two seconds, and at least three. An event after each: kernels follow one another without gaps.
+// Times f. First a call of no account, in which memory is laid out and algorithms are chosen, and calls until the GPU has done
+// this work for a while: after a large product, say, its clock takes some time to rise again. Then `repeats` calls, but no
+// more than fit into two seconds, and at least three. An event after each: kernels follow one another without gaps.
+static constexpr double kWarmSeconds = 0.15;
+
 static void measure(BenchRow* r, int64 repeats, const std::function<void()>& f) {
     f();
     CHECK_CUDA(cudaDeviceSynchronize());
     const double start = wall_seconds();
-    f();
-    CHECK_CUDA(cudaDeviceSynchronize());
-    const double once = wall_seconds() - start;
+    double seconds;
+    int64 calls = 0;
+    do {
+        f();
+        CHECK_CUDA(cudaDeviceSynchronize());
+        seconds = wall_seconds() - start;
+        ++calls;
+    } while (seconds < kWarmSeconds);
+    const double once = seconds / double(calls);
     r->runs = std::min(repeats, std::max<int64>(3, int64(2 / once)));
     Profile marks;
     for (int64 i = 0; i <= r->runs; ++i) {
