@@ -4590,11 +4590,12 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_
                  : "memory");
 }
 static constexpr int kTokenWarps = 8, kTokenThreads = 32 * kTokenWarps, kTokenLaunch = kTokenThreads + 128;
-static constexpr int kTokenSequences = 2, kTokenCopies = 4, kTokenBarriers = 64;
+static constexpr int kTokenSequences = 8, kTokenCopies = 4, kTokenBarriers = 64;
 static constexpr int kTokenTiles = 3, kTokenSteps = 6;              // what a warp holds of a matrix, 16 x 16 each
 static constexpr int kTokenZeros = 32 * kTokenTiles * kTokenSteps;  // bytes
 static constexpr int kSumRow = kTokenWarps + 4;  // numbers from sum to sum, so that they lie in different banks
-static constexpr int kTokenStage = 64;           // words that two rows of an SSD layer's y are made of, at most
+// Words that a unit of y is made of, in shared memory as 12 bytes each; that q, k or v of a head is.
+static constexpr int kTokenStage = 96, kTokenVector = 24;
 
 struct TokenLayer {  // where a layer's parameters and state lie
     const bf16 *in, *out, *gate_up, *down;
@@ -4608,15 +4609,17 @@ struct TokenPlan {
     int64 capacity;
     float eps, inverse_d;
     bool decay;
+    int units = 0, most = 0;  // of attention, for a block; sequences and these units, as the kernel is compiled
     // Words: kTokenCopies times x | y | mid | h | proj, which the products read (x twice: the head does, too), then best and
     // partial
     int from_at[5] = {}, proj_at = 0, copy_words = 0, best_at = 0, partial_at = 0;
     int64 words = 0;
-    // Shared memory in bytes: control | the layers | in, out, gate_up, down | activations | sums of the warps | scratch
-    int row_d = 0, row_f = 0;  // from row to row of a matrix: D or F numbers, and 16 bytes more
+    // Shared memory in bytes: control | the layers | in, out, gate_up, down | activations (B,K), sums of the warps behind them
+    // (those of the last product reach as far as h does) and scratch behind those of the projection
+    int row_d = 0, row_f = 0;  // from row to row of a matrix or of activations: D or F numbers, and 16 bytes more
     int matrix_at[5] = {};     // within the weights
     int slots = 0;             // tiles of the head, five units each, that fit in their place
-    int weights_at = 0, zeros_at = 0, x_at = 0, x_row = 0, sums_at = 0, scratch_at = 0, shared = 0;
+    int weights_at = 0, zeros_at = 0, x_at = 0, scratch_at = 0, shared = 0;
 };
 struct TokenArgs {
     const TokenLayer* layers;
@@ -4632,16 +4635,21 @@ struct TokenArgs {
 struct Share {
     int first, count;
 };
+struct TokenUnit {  // of attention: a split of a head
+    int b, h, hkv, split;
+};
 // What a block's warps share; also what each could keep for itself, if registers were not short.
 struct TokenControl {
     uint64_t arrived[kTokenBarriers];  // piece p of the weights: barrier p % kTokenBarriers
     Ranked best[kTokenSequences];
     Share in[2], own, own_h, head;  // units of the projections (SSD, attention), of x, of h, of the logits
     struct {
-        int b, unit, row;
-    } y[kTokenWarps];  // which two rows of y a warp makes; b < 0: none
+        int b, unit, row, head;
+    } y[kTokenWarps];  // of which unit, or two rows of it, a warp makes y; b < 0: none
     uint32_t pairs[kTokenWarps];
-    alignas(16) float squares[kTokenWarps];
+    Share attention;
+    TokenUnit attention_units[kTokenSequences];
+    alignas(16) float squares[kTokenSequences][kTokenWarps];  // of each sequence, by the warps that read it; else zeros
     int32_t tokens[kTokenSequences];
     int used;  // matrices and tiles whose place is free again
 };
@@ -4659,10 +4667,12 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
         int(B),     int(c.D),          int(c.F),       int(c.L),   int(c.H), int(c.Hkv),
         int(c.P()), int(c.N),          int(c.V),       0,          blocks,   {int(c.ssd_width()), int(c.attn_width())},
         capacity,   float(c.norm_eps), 1 / float(c.D), c.ssd_decay};
-    // Every block has units of h and of every projection, or it could be left behind.
-    blocks = t->blocks = std::min({blocks, sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
-    // For 132 multiprocessors, whatever the GPU: the order of attention's sums depends on it.
-    t->splits = int(std::max<int64>(1, std::min<int64>({132 / c.H, 32, ceil_div(capacity, 32)})));
+    // Every block has units of h and of every projection, or it could be left behind. Splits are for 132 multiprocessors,
+    // whatever the GPU: the order of attention's sums depends on it.
+    const int enough = std::min({sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
+    blocks = t->blocks = std::min(blocks, enough);
+    t->splits = int(std::max<int64>(1, std::min<int64>({std::min(132, enough) / c.H, 32, ceil_div(capacity, 32)})));
+    t->units = int(ceil_div(B * c.H * t->splits, blocks));
 
     const auto most = [&](int numbers) { return int(ceil_div(sixes(numbers), blocks)); };
     const int in_units = most(std::max(t->in_width[0], t->in_width[1])), d_units = most(t->D), h_units = most(t->F);
@@ -4675,7 +4685,8 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
     t->slots = weights / tile;
     const int all_pieces = pieces[0] + pieces[1] + pieces[2] + pieces[3] + 5 * t->slots;
     if (*std::max_element(rows, rows + 4) > 16 * kTokenTiles || std::max(in_units, h_units) * B > 5 * kTokenWarps ||
-        3 * d_units * B > kTokenWarps || all_pieces > kTokenBarriers || *std::max_element(pieces, pieces + 4) > 32)
+        d_units * B > kTokenWarps || t->units > kTokenSequences || all_pieces > kTokenBarriers ||
+        *std::max_element(pieces, pieces + 4) > 32)
         return false;
 
     const int d_words = int(B) * sixes(t->D);
@@ -4688,70 +4699,168 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
     t->partial_at = at += int(B) * blocks;
     t->words = at + B * c.H * t->splits * c.P() / 2;
 
-    const int lanes = c.P() > 64 ? 16 : 8;
+    const int lanes = c.P() > 64 ? 16 : 8, b = int(B);
+    t->most = std::max(b, t->units) <= 2 && 3 * d_units * b <= kTokenWarps ? 2 : std::max(b, t->units) <= 4 ? 4 : 8;
+    const int of_attention = t->units * (kTokenWarps * (8 * lanes + 2) * 4 + 3 * kTokenVector * 12);
+    const auto sums = [&](int kind) { return 4 * kSumRow * b * rows[kind]; };
     t->weights_at = int(round_up(int64(sizeof(TokenControl) + sizeof(TokenLayer) * size_t(c.L)), 128));
     t->zeros_at = t->weights_at + weights;
     t->x_at = t->zeros_at + kTokenZeros;
-    t->x_row = 2 * std::max(t->D, t->F) + 16;
-    t->sums_at = t->x_at + int(B) * t->x_row;
-    t->scratch_at = t->sums_at + 4 * kSumRow * int(B) * std::max(*std::max_element(rows, rows + 4), 30);
-    t->shared = t->scratch_at +
-                std::max(kTokenWarps * kTokenStage * 12, 3 * kTokenStage * 12 + kTokenWarps * (8 * lanes + 2) * 4);
+    t->scratch_at = t->x_at + b * t->row_d + std::max(sums(0), sums(1));
+    t->shared = std::max({t->scratch_at + std::max(kTokenWarps * kTokenStage * 12, of_attention),
+                          t->x_at + b * t->row_d + std::max(sums(2), 4 * kSumRow * b * 30),
+                          t->x_at + b * std::max(t->row_d, t->row_f) + sums(3)});
     return t->shared <= shared_limit;
 }
 
 // Of the warps that multiply.
 __device__ inline void token_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kTokenThreads) : "memory"); }
 
-// A layer's attention: a block per split of a head; the last split also takes the new key and value, and appends them.
-template <int kLanes>
+// A layer's attention, unit by unit; every warp has an eighth of the keys of each. The next keys and
+// values are asked for while these are used. The last split also takes the new key and value, and appends them.
+template <int kLanes, int kMost>
 __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, const TokenLayer& l,
-                                       unsigned char* scratch, const Word* proj, int64 past, uint32_t tag) {
-    const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id();
-    const int64 kv_row = int64(n.Hkv) * n.P;
-    const int e = lane % kLanes * 8;
-    const bf16* numbers = reinterpret_cast<const bf16*>(scratch);
-    float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(scratch + 3 * kTokenStage * 12);
-    for (int u = int(blockIdx.x); u < n.B * n.H * n.splits; u += n.blocks) {
-        const int split = u % n.splits, h = u / n.splits % n.H, b = u / n.splits / n.H, hkv = h / (n.H / n.Hkv);
-        const int at_q = h * n.P, at_k = (n.H + hkv) * n.P, at_v = at_k + n.Hkv * n.P;
-        if (warp < (split == n.splits - 1 ? 3 : 1)) {
-            const int number = warp == 0 ? at_q : warp == 1 ? at_k : at_v, w = number / 6 + lane;
-            if (w <= (number + n.P - 1) / 6) {
-                const Word word = receive(proj + b * sixes(n.in_width[1]) + w, tag);
-                keep(reinterpret_cast<uint32_t*>(scratch) + (warp * kTokenStage + lane) * 3, word);
+                                       const TokenControl& control, unsigned char* scratch, const Word* proj, int past,
+                                       uint32_t tag) {
+    constexpr int kKeys = 6, kGroups = kTokenThreads / kLanes, kWords = kMost * 3 * kTokenVector / kTokenThreads + 1;
+    const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id(), e = lane % kLanes * 8;
+    const int kv_row = n.Hkv * n.P, half = n.P / 2;
+    const bool has_numbers = e < n.P;
+    float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(scratch);  // (units,warps)
+    uint32_t* stage = reinterpret_cast<uint32_t*>(joined + n.units * kTokenWarps);         // (units,3) words of q, k, v
+    const int per_split = (past + n.splits - 1) / n.splits,
+              steps = max(1, (per_split + kGroups * kKeys - 1) / (kGroups * kKeys));
+    const Share mine = control.attention;
+    const auto cache_of = [&](const TokenUnit& it) { return (int64(it.b) * n.capacity * n.Hkv + it.hkv) * n.P; };
+    uint4 keys[kKeys], values[kKeys];
+    const auto fetch = [&](uint4(&to)[kKeys], const bf16* cache, const TokenUnit& it, int step) {
+        const int first = it.split * per_split + step * kKeys * kGroups + thread / kLanes,
+                  last = max(min(past, (it.split + 1) * per_split) - 1, 0);
+        cache += cache_of(it) + e;
+#pragma unroll
+        for (int k = 0; k < kKeys; ++k) {
+            to[k] = {};
+            if (has_numbers)
+                to[k] = *reinterpret_cast<const uint4*>(cache + int64(min(first + k * kGroups, last)) * kv_row);
+        }
+    };
+    const auto numbers_of = [](float(&f)[8], const uint4& x) {
+        f[0] = low_half(x.x), f[1] = high_half(x.x), f[2] = low_half(x.y), f[3] = high_half(x.y);
+        f[4] = low_half(x.z), f[5] = high_half(x.z), f[6] = low_half(x.w), f[7] = high_half(x.w);
+    };
+    float turn_c[8] = {}, turn_s[8] = {};
+    if (has_numbers) {
+        const int64 at = int64(past) * half + (e < half ? e : e - half);
+        load<8>(turn_c, g.cos_qk + at);
+        load<8>(turn_s, g.sin_qk + at);
+    }
+    // This lane's numbers of a vector, and those that RoPE turns them with.
+    const auto turned = [&](float(&f)[8], const uint32_t* vector, int at) {
+        const uint32_t* own = vector + (at % 6 + e) / 2;
+        const uint32_t* other = own + (e < half ? half : -half) / 2;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const uint32_t x = has_numbers ? own[i / 2] : 0,
+                           y = has_numbers ? other[i / 2] ^ (e < half ? 0x80008000u : 0u) : 0;
+            f[i] = low_half(x) * turn_c[i] + low_half(y) * turn_s[i];
+            f[i + 1] = high_half(x) * turn_c[i + 1] + high_half(y) * turn_s[i + 1];
+        }
+    };
+    {  // q, k and v of all units
+        const Word* where[kWords];
+        Word w[kWords];
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) {
+            const int i = k * kTokenThreads + thread, vector = i / kTokenVector, unit = vector / 3, which = vector % 3,
+                      word = i % kTokenVector;
+            where[k] = nullptr;
+            if (unit >= mine.count) continue;
+            const TokenUnit of = control.attention_units[unit];
+            const int at = (which == 0 ? of.h : n.H + (which - 1) * n.Hkv + of.hkv) * n.P;
+            if (at / 6 + word <= (at + n.P - 1) / 6 && (which == 0 || of.split == n.splits - 1))
+                where[k] = proj + of.b * sixes(n.in_width[1]) + at / 6 + word;
+        }
+        receive(w, where, tag);
+#pragma unroll
+        for (int k = 0; k < kWords; ++k)
+            if (where[k]) keep(stage + 3 * (k * kTokenThreads + thread), w[k]);
+    }
+    TokenUnit it = control.attention_units[0];
+    fetch(keys, l.k, it, 0);
+    fetch(values, l.v, it, 0);
+    token_barrier();  // q, k and v are there
+#pragma unroll 1
+    for (int unit = 0; unit < mine.count; ++unit) {
+        const uint32_t* vectors = stage + unit * 3 * 3 * kTokenVector;
+        const int at_k = (n.H + it.hkv) * n.P, at_v = at_k + n.Hkv * n.P;
+        const int first = it.split * per_split + thread / kLanes, end = min(past, (it.split + 1) * per_split);
+        float q[8];
+        turned(q, vectors, it.h * n.P);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) q[i] *= kLog2e * rsqrtf(float(n.P));
+        OnlineSoftmax mean;
+        TokenUnit next = it;
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            const bool ends = step + 1 == steps;
+            if (ends) next = control.attention_units[min(unit + 1, mine.count - 1)];
+            float scores[kKeys], v[kKeys][8];
+#pragma unroll
+            for (int k = 0; k < kKeys; ++k) {
+                float key[8];
+                numbers_of(key, keys[k]);
+                scores[k] = score_of<kLanes>(q, key);
+                if (first + (step * kKeys + k) * kGroups >= end) scores[k] = -INFINITY;
+                numbers_of(v[k], values[k]);
+            }
+            const bool more = !ends || unit + 1 < mine.count;
+            if (more) fetch(keys, l.k, next, ends ? 0 : step + 1);
+            mean.add(scores, v);
+            if (more) fetch(values, l.v, next, ends ? 0 : step + 1);
+        }
+        if (warp == 0 && it.split == n.splits - 1) {
+            float key[1][8], value[1][8];
+            turned(key[0], vectors + 3 * kTokenVector, at_k);
+            load_row8<false>(value[0], reinterpret_cast<const bf16*>(vectors + 6 * kTokenVector) + at_v % 6, e, n.P);
+            const float score[1] = {score_of<kLanes>(q, key[0])};
+            if (lane < kLanes) {
+                mean.add(score, value);
+                const int64 at = (int64(it.b) * n.capacity + past) * kv_row + it.hkv * n.P + e;
+                if (has_numbers && it.h % (n.H / n.Hkv) == 0) {
+                    store<8>(l.k + at, key[0]);
+                    store<8>(l.v + at, value[0]);
+                }
             }
         }
-        token_barrier();  // q, k and v are there
-        const int64 at = b * n.capacity * kv_row + hkv * n.P;
-        OnlineSoftmax mean = attend<kLanes, true, 4, 0>(
-            (bf16*)nullptr, l.k + at, l.v + at, kv_row, numbers + at_q % 6, numbers + kTokenStage * 6 + at_k % 6,
-            numbers + 2 * kTokenStage * 6 + at_v % 6, g.cos_qk, g.sin_qk, past, split, n.splits, h % (n.H / n.Hkv) == 0,
-            thread / kLanes, kTokenThreads / kLanes, e, n.P, [] { return 1.0f; });
         mean.template merge<kLanes>();
         if (lane < kLanes) {
+            float* to = joined[unit * kTokenWarps + warp];
 #pragma unroll
-            for (int c = 0; c < 8; ++c) joined[warp][e + c] = mean.out[c];
-            joined[warp][8 * kLanes] = mean.top;
-            joined[warp][8 * kLanes + 1] = mean.sum;
+            for (int i = 0; i < 8; ++i) to[e + i] = mean.out[i];
+            to[8 * kLanes] = mean.top;
+            to[8 * kLanes + 1] = mean.sum;
         }
-        token_barrier();  // the warps' sums are there
-        // Two means and the logarithm of their weight: all of a word is used, or its load would be split.
-        if (2 * thread < n.P) {
-            float out[2], top, sum;
-#pragma unroll
-            for (int k = 0; k < 2; ++k)
-                join_groups<8 * kLanes>(&out[k], &top, &sum, joined, kTokenWarps, 1, 2 * thread + k, n.P);
-            const float inverse = sum > 0 ? 1 / sum : 0.0f;
-            send(g.words + n.partial_at + int64(u) * n.P / 2 + thread, __float_as_uint(out[0] * inverse),
-                 __float_as_uint(out[1] * inverse), __float_as_uint(sum > 0 ? top + __log2f(sum) : -1e30f), tag);
-        }
-        token_barrier();  // they have been read
+        it = next;
     }
+    token_barrier();  // the warps' sums are there
+    // Two means and the logarithm of their weight: all of a word is used, or its load would be split.
+    for (int i = thread; i < mine.count * half; i += kTokenThreads) {
+        const int unit = i / half, pair = i % half;
+        float out[2], top, sum;
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+            join_groups<8 * kLanes>(&out[k], &top, &sum, joined + unit * kTokenWarps, kTokenWarps, 1, 2 * pair + k,
+                                    n.P);
+        const float inverse = sum > 0 ? 1 / sum : 0.0f;
+        send(g.words + n.partial_at + int64(mine.first) * half + i, __float_as_uint(out[0] * inverse),
+             __float_as_uint(out[1] * inverse), __float_as_uint(sum > 0 ? top + __log2f(sum) : -1e30f), tag);
+    }
+    token_barrier();  // they have been read
 }
 
 // kLanes: lanes that share a key of attention, 8 of its P numbers each.
-template <int kLanes>
+// kMost: sequences at most.
+template <int kLanes, int kMost>
 __global__ void __launch_bounds__(kTokenLaunch, 1)
     token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && CUDART_VERSION >= 12030  // the first that knows 128-bit words
@@ -4759,20 +4868,18 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
     TokenControl& control = *reinterpret_cast<TokenControl*>(shared);
     TokenLayer* layers = reinterpret_cast<TokenLayer*>(shared + sizeof(TokenControl));
     volatile int* used = &control.used;
+    constexpr int kPairs = kMost > 2 ? 3 : 1, kMakers = 3 / kPairs;  // of rows that a warp makes of y; warps for a unit
     int thread = int(threadIdx.x), warp = thread / 32, lane = lane_id();
     const int block = int(blockIdx.x), B = n.B;
-    unsigned char *weights = shared + n.weights_at,
-                  *act = shared + n.x_at;  // activations (B,K), rows n.x_row bytes apart
-    float* sums = reinterpret_cast<float*>(shared + n.sums_at);
-    unsigned char* scratch = shared + n.scratch_at;
+    unsigned char *weights = shared + n.weights_at, *act = shared + n.x_at, *scratch = shared + n.scratch_at;
     const int tile_bytes = 30 * n.row_d;
 
     for (int i = thread; i < n.L * int(sizeof(TokenLayer) / 8); i += kTokenLaunch)
         reinterpret_cast<uint64_t*>(layers)[i] = reinterpret_cast<const uint64_t*>(g.layers)[i];
     for (int i = thread; i < kTokenZeros / 4; i += kTokenLaunch)
         reinterpret_cast<uint32_t*>(shared + n.zeros_at)[i] = 0;
-    if (thread < kTokenBarriers)
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(control.arrived + thread)) : "memory");
+    if (thread < kTokenBarriers) init_barrier(shared_address(control.arrived + thread), 1);
+    if (thread < kTokenSequences * kTokenWarps) control.squares[thread / kTokenWarps][thread % kTokenWarps] = 0;
     if (thread < B) control.tokens[thread] = g.tokens[thread];
     if (thread == 0) {
         *used = 0;
@@ -4780,10 +4887,15 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
         control.own = share_of(sixes(n.D), block, n.blocks);
         control.own_h = share_of(sixes(n.F), block, n.blocks);
         control.head = share_of(sixes(n.V), block, n.blocks);
-        // A unit of y is made by three warps, two rows each, which are of one head.
         for (int w = 0; w < kTokenWarps; ++w) {
-            const int count = control.own.count, item = w / 3, unit = control.own.first + item % max(count, 1);
-            control.y[w] = {item < count * B ? item / count : -1, unit, min(6 * unit + w % 3 * 2, n.D - 2)};
+            const int count = control.own.count, item = w / kMakers, unit = control.own.first + item % max(count, 1),
+                      row = min(6 * unit + w % kMakers * 2, n.D - 2);
+            control.y[w] = {item < count * B ? item / count : -1, unit, row, row / n.P};
+        }
+        control.attention = share_of(B * n.H * n.splits, block, n.blocks);
+        for (int i = 0; i < n.units; ++i) {
+            const int u = min(control.attention.first + i, B * n.H * n.splits - 1), h = u / n.splits % n.H;
+            control.attention_units[i] = {u / n.splits / n.H, h, h / (n.H / n.Hkv), u % n.splits};
         }
     }
 
@@ -4877,23 +4989,25 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
     // ---- The other warps
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const Word* mail = g.words + block % kTokenCopies * n.copy_words;  // what this block reads
-    const int position = int(g.cursor->position), made = int(g.cursor->made);
-    int pieces = 0, done = 0;  // pieces of weights waited for; matrices and tiles used
+    int past = int(g.cursor->position);
+    uint32_t tag0 = g.tag;
+    int pieces = 0;  // pieces of weights waited for
 
     // Activations of all sequences, words at mail + at, into shared memory. With a norm's weights: x * weight; returned is
     // this thread's part of the sum of squares.
     const int readers = kTokenWarps / B, reader = warp / B, read_b = warp % B;  // warps are dealt out to the sequences
     const auto gather = [&](int K, const float* weight, int at, uint32_t tag) {
+        constexpr int kAt = kMost > 2 ? 4 : 2;  // at a time
         float square = 0;
         const int words = reader < readers ? sixes(K) : 0, step = 32 * readers;
         const Word* from = mail + at + read_b * words;
 #pragma unroll 1
-        for (int w0 = reader * 32 + lane; w0 < words; w0 += 2 * step) {  // two at a time
-            float2 scale[2][3] = {};
-            Word word[2];
-            const Word* where[2];
+        for (int w0 = reader * 32 + lane; w0 < words; w0 += kAt * step) {
+            float2 scale[kAt][3] = {};
+            Word word[kAt];
+            const Word* where[kAt];
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
+            for (int k = 0; k < kAt; ++k) {
                 const int w = w0 + k * step;
                 where[k] = w < words ? from + w : nullptr;
 #pragma unroll
@@ -4902,7 +5016,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             }
             receive(word, where, tag);
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
+            for (int k = 0; k < kAt; ++k) {
                 const int w = w0 + k * step;
                 if (w >= words) break;
                 uint32_t pairs[3] = {word[k].a, word[k].b, word[k].c};
@@ -4913,71 +5027,85 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                         if (6 * w + 2 * j < K) square += x0 * x0 + x1 * x1;
                         pairs[j] = pack(x0 * scale[k][j].x, x1 * scale[k][j].y);
                     }
-                keep(reinterpret_cast<uint32_t*>(act + read_b * n.x_row) + 3 * w, {pairs[0], pairs[1], pairs[2], 0});
+                keep(reinterpret_cast<uint32_t*>(act + read_b * (2 * K + 16)) + 3 * w,
+                     {pairs[0], pairs[1], pairs[2], 0});
             }
         }
         return square;
     };
     const auto rstd = [&](int b) {
         float s[8];
-        load<8>(s, control.squares);
-        const float even = (s[0] + s[4]) + (s[2] + s[6]), odd = (s[1] + s[5]) + (s[3] + s[7]);
-        return rsqrtf((B == 1 ? even + odd : b == 1 ? odd : even) * n.inverse_d + n.eps);
+        load<8>(s, control.squares[b]);
+        const float all = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+        return rsqrtf(all * n.inverse_d + n.eps);
     };
-    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16: up to 8 rows twice, the second half of the
-    // columns below the first. A warp loads kTokenTiles x kTokenSteps of them before the activations are there: tile (t,u)
-    // begins at column tile_column, of `columns`, and only exists below that.
+    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16; up to 4 sequences and 8 rows twice, the second
+    // half of the columns below the first. A warp loads kTokenTiles x kTokenSteps of them before the activations are there:
+    // tile (t,u) begins 16 u after column tile_column, of `columns`, and only exists below that. Up to 16 rows need one tile, and the
+    // others are further columns.
     using Tiles = uint32_t[kTokenTiles][kTokenSteps][4];
     using Sums = float[kTokenTiles][2][4];
-    const auto twice = [](int rows) { return rows <= 8; };
+    constexpr bool few = kMost <= 4;
+    const auto twice = [](int rows) { return rows <= 8 && few; };
+    const auto flat = [](int rows) { return rows <= 16; };
     const auto columns = [&](int rows, int K) { return rows > 0 ? K / kTokenWarps >> twice(rows) : 0; };
-    const auto tile_column = [&](int t, int u, int rows) {
-        return 16 * u + (twice(rows) ? 16 * kTokenSteps * t : 16 * t < rows ? 0 : 1 << 20);
+    const auto tile_column = [&](int t, int rows) {
+        return flat(rows) ? 16 * kTokenSteps * t : 16 * t < rows ? 0 : 1 << 20;
     };
     const auto load_weights = [&](Tiles& a, const unsigned char* matrix, int rows, int K, int k0) {
         const int width = columns(rows, K), row_bytes = 2 * K + 16;
         matrix += 2 * (K / kTokenWarps * warp + (twice(rows) ? lane / 8 % 2 * width : 0) + lane / 16 * 8 + k0);
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
-            const int row = min(twice(rows) ? lane % 8 : 16 * t + lane % 16, rows - 1);
-            const bf16* from = reinterpret_cast<const bf16*>(matrix + row * row_bytes);
+            const int row = min(twice(rows) ? lane % 8 : (flat(rows) ? 0 : 16 * t) + lane % 16, rows - 1);
+            const int at = tile_column(t, rows), left = width - k0 - at;
+            const bf16* from = reinterpret_cast<const bf16*>(matrix + row * row_bytes) + at;
 #pragma unroll
             for (int u = 0; u < kTokenSteps; ++u)
-                if (k0 + tile_column(t, u, rows) < width) load_matrices<false>(a[t][u], from + tile_column(t, u, rows));
+                if (16 * u < left) load_matrices<false>(a[t][u], from + 16 * u);
         }
     };
-    // Columns 2b and 2b + 1 of the other operand are the activations of sequence b, for either half; all others are zeros.
+    // A column of the other operand is a sequence; of up to four, columns 2b and 2b + 1 are the two halves of sequence b. All
+    // others are zeros.
     const auto multiply_weights = [&](Sums& sum, const Tiles& a, int rows, int K, int k0) {
-        const int width = columns(rows, K), b_of = lane % 8 / 2, half = lane % 2;
+        const int width = columns(rows, K), b_of = few ? lane % 8 / 2 : lane % 8, half = few ? lane % 2 : 0;
         const bool mine = b_of < B && half <= twice(rows);
-        const bf16* x = reinterpret_cast<const bf16*>(mine ? act + b_of * n.x_row : shared + n.zeros_at) +
+        const bf16* x = reinterpret_cast<const bf16*>(mine ? act + b_of * (2 * K + 16) : shared + n.zeros_at) +
                         (mine ? K / kTokenWarps * warp + half * width + lane / 8 * 8 + k0 : 0);
         uint32_t b[kTokenSteps / 2][4] = {};
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) {
-            if (t == 0 || twice(rows))
+            const int left = width - k0 - tile_column(t, rows);
+            if (t == 0 || flat(rows))
 #pragma unroll
                 for (int u = 0; u < kTokenSteps; u += 2)
-                    if (k0 + tile_column(t, u, rows) < width)
-                        load_matrices<false>(b[u / 2], x + 16 * (kTokenSteps * t + u));
+                    if (16 * u < left) load_matrices<false>(b[u / 2], x + 16 * (kTokenSteps * t + u));
 #pragma unroll
             for (int u = 0; u < kTokenSteps; ++u)
-                if (k0 + tile_column(t, u, rows) < width)
-                    mma16816(sum[t][u % 2], a[t][u], b[u / 2][u % 2 * 2], b[u / 2][u % 2 * 2 + 1]);
+                if (16 * u < left) mma16816(sum[t][u % 2], a[t][u], b[u / 2][u % 2 * 2], b[u / 2][u % 2 * 2 + 1]);
         }
     };
-    // Into shared memory: (B, rows, warps).
-    const auto leave_sums = [&](const Sums& sum, int rows) {
-        float part[2 * kTokenTiles];  // of row 8 r + lane / 4 and sequence lane % 4
+    // Into shared memory: (B, rows, warps). A lane has row 8 r + lane / 4 of sequence lane % 4, or of two neighbours.
+    const auto leave_sums = [&](float* sums, const Sums& sum, int rows) {
 #pragma unroll
-        for (int r = 0; r < 2 * kTokenTiles; ++r) part[r] = sum[r / 2][0][r % 2 * 2] + sum[r / 2][1][r % 2 * 2];
-        if (twice(rows))
+        for (int s = 0; s < 2; ++s) {
+            if (s == 1 && few) break;
+            float part[2 * kTokenTiles];
 #pragma unroll
-            for (int t = 0; t < kTokenTiles; ++t) part[0] += (t ? part[2 * t] : 0.0f) + (sum[t][0][3] + sum[t][1][3]);
+            for (int r = 0; r < 2 * kTokenTiles; ++r)
+                part[r] = sum[r / 2][0][r % 2 * 2 + s] + sum[r / 2][1][r % 2 * 2 + s];
+            if (flat(rows))
 #pragma unroll
-        for (int r = 0; r < 2 * kTokenTiles; ++r)
-            if (8 * r + acc_row() < rows && lane % 4 < B)
-                sums[(lane % 4 * rows + 8 * r + acc_row()) * kSumRow + warp] = part[r];
+                for (int t = 0; t < kTokenTiles; ++t) {
+                    const float below = twice(rows) ? sum[t][0][3] + sum[t][1][3] : 0.0f;
+                    part[0] += (t ? part[2 * t] : 0.0f) + below;
+                    part[1] += t ? part[2 * t + 1] : 0.0f;
+                }
+            const int b = few ? lane % 4 : lane % 4 * 2 + s;
+#pragma unroll
+            for (int r = 0; r < 2 * kTokenTiles; ++r)
+                if (8 * r + acc_row() < rows && b < B) sums[(b * rows + 8 * r + acc_row()) * kSumRow + warp] = part[r];
+        }
     };
     const auto sum_of = [&](const float* parts) {
         float s[4], t[4];
@@ -5001,12 +5129,12 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
         if (!it.on) it.unit = 0;
         return it;
     };
-    const auto send_six = [&](Word* to, const Item& it, float v, uint32_t tag) {
+    const auto send_six = [&](int to, const Item& it, float v, uint32_t tag) {
         const uint32_t pair = pack(v, __shfl_down_sync(~0u, v, 1));
         const int first = lane - it.r;
         const uint32_t a = __shfl_sync(~0u, pair, first), b = __shfl_sync(~0u, pair, first + 2),
                        c = __shfl_sync(~0u, pair, first + 4);
-        if (it.on && it.r < kTokenCopies) send(to + it.r * n.copy_words, a, b, c, tag);
+        if (it.on && it.r < kTokenCopies) send(g.words + to + it.r * n.copy_words, a, b, c, tag);
     };
 
     const int half_n = n.N / 2, words_d = sixes(n.D), tiles = (control.head.count + 4) / 5;
@@ -5017,16 +5145,13 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
     };
 
 #pragma unroll 1
-    for (int step = 0; step < g.steps; ++step) {
-        const int past = position + step;
-        const uint32_t tag0 = g.tag + uint32_t(step) * uint32_t(n.L + 1);
-        const bool end = step + 1 == g.steps;
+    for (int left = g.steps; left > 0; --left, ++past, tag0 += uint32_t(n.L + 1)) {
         float x_own = 0;
         {
             const Item it = item_of(control.own.count, control.own.count);
             if (column_of(it) >= 0)
                 x_own = to_float(from_float<bf16>(g.embed[int64(control.tokens[it.b]) * n.D + column_of(it)]));
-            send_six(g.words + it.b * words_d + control.own.first + it.unit, it, x_own, tag0);
+            send_six(it.b * words_d + control.own.first + it.unit, it, x_own, tag0);
         }
         Ranked best = 0;
 
@@ -5050,95 +5175,131 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             const int stride = kind == 4 ? 5 : units.count;
             const Item it = item_of(units.count, stride);
             const int row = per_unit * it.unit + it.r;
+            float* sums = reinterpret_cast<float*>(act + B * (kind == 3 ? max(n.row_d, n.row_f) : n.row_d));
             const float* parts = sums + (it.b * rows + row) * kSumRow;
-            Word* to = g.words + units.first + it.unit +
-                       (kind == 0 ? n.proj_at + it.b * words_in
-                                  : n.from_at[(kind + 1) % 4] + it.b * (kind == 2 ? sixes(n.F) : words_d));
+            const int to = units.first + it.unit +
+                           (kind == 0 ? n.proj_at + it.b * words_in
+                                      : n.from_at[(kind + 1) % 4] + it.b * (kind == 2 ? sixes(n.F) : words_d));
             float res = 0;
             if (kind % 2 == 1 && column_of(it) >= 0) res = (kind == 1 ? l.res1 : l.res2)[column_of(it)];
             if (kind == 1) {
-                // ---- projection -> y
+                // ---- projection -> y: a unit by one warp, or by three, two rows each
+                constexpr int kSpan = kPairs > 1 ? 44 : 24, kWords = (2 * kSpan + 4 + 31) / 32;
                 const int maker = (warp + kTokenWarps / 2) % kTokenWarps, y_b = control.y[maker].b,
-                          y_unit = control.y[maker].unit, y_row = control.y[maker].row, y_head = y_row / n.P;
+                          y_unit = control.y[maker].unit, y_row = control.y[maker].row, y_head = control.y[maker].head;
                 const bool makes_y = y_b >= 0;
-                uint32_t y = 0;
+                uint32_t* stage = reinterpret_cast<uint32_t*>(scratch) + warp * kTokenStage * 3;
+                uint32_t y[3] = {};
+                if (!l.S) token_attention<kLanes, kMost>(n, g, l, control, scratch, mail + n.proj_at, past, tag);
                 if (l.S && makes_y) {
-                    // A lane has two pairs (j, j + N/2) of each row. What they are made of: words of C (with one of X and
-                    // one of dt on the last lanes) and of B; in `stage` six numbers, or three pairs, of each.
+                    // A lane has two pairs (j, j + N/2) of each row. What they are made of: words of C and of B, of up to two
+                    // heads, of X and of dt; in `stage` six numbers, or three pairs, of each.
                     const bool has_pairs = 2 * lane < half_n;
                     const int own_pair = has_pairs ? lane : 0, hn = n.H * n.N, at_c = y_head * n.N, at_b = hn + at_c,
                               at_x = 2 * hn + y_row, at_dt = 2 * hn + n.D + y_head;
+                    const int next = (y_head + 1) * n.P,
+                              end = min(y_row + 2 * kPairs, n.D);  // the next head's first row
+                    const bool both = kPairs > 1 && next < end;
                     const float2 turn_c = reinterpret_cast<const float2*>(g.cos_cb + int64(past) * half_n)[own_pair],
                                  turn_s = reinterpret_cast<const float2*>(g.sin_cb + int64(past) * half_n)[own_pair];
                     float2* s = reinterpret_cast<float2*>(l.S + (int64(y_b) * n.D + y_row) * n.N) + own_pair;
-                    float2 lo[2], hi[2];
+                    float2 lo[2 * kPairs], hi[2 * kPairs];
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        lo[r] = s[r * half_n];
-                        hi[r] = s[r * half_n + half_n / 2];
+                    for (int r = 0; r < 2 * kPairs; ++r) {
+                        const int at = min(r, end - 1 - y_row) * half_n;
+                        lo[r] = s[at];
+                        hi[r] = s[at + half_n / 2];
                     }
-                    const float bias = l.dt_bias[y_head], log = l.A_log[y_head];
-                    const Word* proj = mail + n.proj_at + y_b * words_in;
-                    const Word* const where[2] = {proj + (lane == 30   ? at_x / 6
-                                                          : lane == 31 ? at_dt / 6
-                                                                       : min(at_c / 6 + lane, (at_c + n.N - 1) / 6)),
-                                                  proj + min(at_b / 6 + lane, (at_b + n.N - 1) / 6)};
-                    Word w[2];
-                    receive(w, where, tag);
-                    uint32_t* stage = reinterpret_cast<uint32_t*>(scratch) + warp * kTokenStage * 3;
+                    const int more = both ? lane / 16 : 0;  // the upper half of the warp makes the next head's dt
+                    const float bias = l.dt_bias[y_head + more], log = l.A_log[y_head + more];
+                    const Word *proj = mail + n.proj_at + y_b * words_in, *where[kWords];
+                    Word w[kWords];
 #pragma unroll
-                    for (int k = 0; k < 2; ++k) keep(stage + 3 * (32 * k + lane), w[k]);
+                    for (int k = 0; k < kWords; ++k) {
+                        const int i = 32 * k + lane, at = i < kSpan ? at_c : at_b,
+                                  word = at / 6 + (i < kSpan ? i : i - kSpan),
+                                  last = (at + (both ? 2 : 1) * n.N - 1) / 6;
+                        where[k] = proj + (i >= 2 * kSpan + 2 ? (at_dt + (both ? i % 2 : 0)) / 6
+                                           : i >= 2 * kSpan   ? (at_x + (i % 2 ? end - 1 - y_row : 0)) / 6
+                                                              : word);
+                        if (i >= 2 * kSpan + 4 || (i < 2 * kSpan && word > last)) where[k] = nullptr;
+                    }
+                    receive(w, where, tag);
+#pragma unroll
+                    for (int k = 0; k < kWords; ++k) keep(stage + 3 * (32 * k + lane), w[k]);
                     __syncwarp();
+                    const auto number = [&](int at) {
+                        const uint32_t pair = stage[at / 2];
+                        return at % 2 ? high_half(pair) : low_half(pair);
+                    };
                     const auto turned = [&](float2* to_lo, float2* to_hi, int at) {
                         const uint32_t wl = stage[at], wh = stage[at + half_n / 2];
                         const float l0 = low_half(wl), l1 = high_half(wl), h0 = low_half(wh), h1 = high_half(wh);
                         *to_lo = {l0 * turn_c.x - h0 * turn_s.x, l1 * turn_c.y - h1 * turn_s.y};
                         *to_hi = {h0 * turn_c.x + l0 * turn_s.x, h1 * turn_c.y + l1 * turn_s.y};
                     };
+                    const float own_dt = softplus(number(6 * (2 * kSpan + 2 + more) + (at_dt + more) % 6) + bias),
+                                own_a = n.decay ? expf(-expf(log) * own_dt) : 1.0f;
                     float2 c_lo, c_hi, b_lo, b_hi;
-                    turned(&c_lo, &c_hi, at_c % 6 / 2 + own_pair);
-                    turned(&b_lo, &b_hi, 96 + at_b % 6 / 2 + own_pair);
-                    const uint32_t raw = stage[93 + at_dt % 6 / 2], x = stage[90 + at_x % 6 / 2];
-                    const float dt = softplus((at_dt % 2 ? high_half(raw) : low_half(raw)) + bias);
-                    const float a = n.decay ? expf(-expf(log) * dt) : 1.0f;
-                    float sum[2];
+                    float dt = own_dt, a = own_a, sum[2 * kPairs];
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const float dx = dt * (r ? high_half(x) : low_half(x));
+                    for (int r = 0; r < 2 * kPairs; ++r) {
+                        if (r == 0 || (kPairs > 1 && r % 2 == 0 && y_row + r == next)) {  // a head begins
+                            const int skip = (r > 0 ? half_n : 0) + own_pair;
+                            turned(&c_lo, &c_hi, at_c % 6 / 2 + skip);
+                            turned(&b_lo, &b_hi, 3 * kSpan + at_b % 6 / 2 + skip);
+                            if (kPairs > 1) {
+                                dt = __shfl_sync(~0u, own_dt, r > 0 ? 16 : 0);
+                                a = __shfl_sync(~0u, own_a, r > 0 ? 16 : 0);
+                            }
+                        }
+                        const uint32_t x = stage[6 * kSpan + at_x % 6 / 2 + r / 2];
+                        const float dx = dt * (r % 2 ? high_half(x) : low_half(x));
                         lo[r] = {a * lo[r].x + dx * b_lo.x, a * lo[r].y + dx * b_lo.y};
                         hi[r] = {a * hi[r].x + dx * b_hi.x, a * hi[r].y + dx * b_hi.y};
                         sum[r] = lo[r].x * c_lo.x + lo[r].y * c_lo.y + (hi[r].x * c_hi.x + hi[r].y * c_hi.y);
-                        sum[r] = warp_sum(has_pairs ? sum[r] : 0.0f);
-                        if (has_pairs && 6 * y_unit + 2 * (maker % 3) < n.D) {  // else another warp's rows
+                        if (!has_pairs) sum[r] = 0;
+                        if (has_pairs && 6 * y_unit + maker % kMakers * 2 + r < n.D) {  // else another warp's rows
                             s[r * half_n] = lo[r];
                             s[r * half_n + half_n / 2] = hi[r];
                         }
                     }
-                    y = pack(sum[0], sum[1]);
-                } else if (!l.S) {
-                    token_attention<kLanes>(n, g, l, scratch, mail + n.proj_at, past, tag);
-                    if (makes_y) {  // lane s has split s
-                        const Word w = receive(
-                            g.words + n.partial_at +
-                                ((int64(y_b * n.H + y_head) * n.splits + min(lane, n.splits - 1)) * n.P + y_row % n.P) /
-                                    2,
-                            tag);
-                        float top = __uint_as_float(w.c);
+#pragma unroll
+                    for (int r = 0; r < 2 * kPairs; ++r) sum[r] = warp_sum(sum[r]);
+#pragma unroll
+                    for (int k = 0; k < kPairs; ++k) y[k] = pack(sum[2 * k], sum[2 * k + 1]);
+                } else if (makes_y) {  // lane s has split s
+                    const Word* where[kPairs];
+                    Word w[kPairs];
+#pragma unroll
+                    for (int k = 0; k < kPairs; ++k) {
+                        const int row = min(y_row + 2 * k, n.D - 2), head = row / n.P;
+                        const int64 at = (y_b * n.H + head) * n.splits + min(lane, n.splits - 1);
+                        where[k] = g.words + n.partial_at + (at * n.P + row % n.P) / 2;
+                    }
+                    receive(w, where, tag);
+#pragma unroll
+                    for (int k = 0; k < kPairs; ++k) {
+                        float top = __uint_as_float(w[k].c);
 #pragma unroll
                         for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-                        const float scale = lane < n.splits ? exp2_fast(__uint_as_float(w.c) - top) : 0.0f;
-                        const float inverse = 1 / warp_sum(scale), y0 = warp_sum(scale * __uint_as_float(w.a)),
-                                    y1 = warp_sum(scale * __uint_as_float(w.b));
-                        y = pack(y0 * inverse, y1 * inverse);
+                        const float scale = lane < n.splits ? exp2_fast(__uint_as_float(w[k].c) - top) : 0.0f;
+                        const float inverse = 1 / warp_sum(scale), y0 = warp_sum(scale * __uint_as_float(w[k].a)),
+                                    y1 = warp_sum(scale * __uint_as_float(w[k].b));
+                        y[k] = pack(y0 * inverse, y1 * inverse);
                     }
                 }
                 if (makes_y) {
-                    if (lane == 0) control.pairs[maker] = y;
-                    asm volatile("bar.sync %0, 96;" ::"r"(2 + maker / 3)
-                                 : "memory");  // the three warps' pairs are there
-                    if (maker % 3 == 0 && lane < kTokenCopies)
-                        send(g.words + lane * n.copy_words + n.from_at[1] + y_b * words_d + y_unit,
-                             control.pairs[maker], control.pairs[maker + 1], control.pairs[maker + 2], tag);
+                    if (kPairs == 1) {
+                        if (lane == 0) control.pairs[maker] = y[0];
+                        asm volatile("bar.sync %0, 96;" ::"r"(2 + maker / 3)
+                                     : "memory");  // the three warps' pairs are there
+#pragma unroll
+                        for (int k = 0; k < 3; ++k) y[k] = control.pairs[min(maker + k, kTokenWarps - 1)];
+                    }
+                    if (maker % kMakers == 0 && lane < kTokenCopies)
+                        send(g.words + lane * n.copy_words + n.from_at[1] + y_b * words_d + y_unit, y[0], y[1], y[2],
+                             tag);
                 }
             }
 
@@ -5150,24 +5311,22 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             const unsigned char* matrix = weights + (kind < 4 ? n.matrix_at[kind] : tile % n.slots * tile_bytes);
             Tiles a = {};  // or it would count as needed from matrix to matrix
             load_weights(a, matrix, rows, K, 0);
+            if (kind == 3) token_barrier();  // the sums before have been read: h lies in their place
             const float square = tile <= 0 ? gather(K, weight, n.from_at[kind], kind == 0 ? tag - 1 : tag) : 0.0f;
             token_barrier();  // the activations are there
-            if (weight && tile <= 0) {
-                const float all = warp_sum(square);
-                if (lane == 0) control.squares[warp] = all;
-            }
+            const float squares = warp_sum(square);
             Sums sum = {};
             multiply_weights(sum, a, rows, K, 0);
-            const int step_k = 16 * kTokenSteps * (twice(rows) ? kTokenTiles : 1);
+            if (weight && tile <= 0 && lane == 0) control.squares[read_b][reader] = squares;
+            const int step_k = 16 * kTokenSteps * (flat(rows) ? kTokenTiles : 1);
 #pragma unroll 1
             for (int k0 = step_k; k0 < columns(rows, K); k0 += step_k) {  // what did not fit into registers
                 load_weights(a, matrix, rows, K, k0);
                 multiply_weights(sum, a, rows, K, k0);
             }
-            leave_sums(sum, rows);
+            leave_sums(sums, sum, rows);
             token_barrier();  // all parts of the sums are there, and the weights have been read
-            ++done;
-            if (thread == 0) *used = done;
+            if (thread == 0) *used = *used + 1;
 
             // ---- in: rstd W (x * norm);  out, down: res * x + W y;  gate_up: silu(gate) * up;  head: logits
             if ((kTokenWarps - 1 - warp) * 5 >= stride * B) continue;
@@ -5176,13 +5335,12 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             if (kind == 4) {
                 const int token = 6 * units.first + row;
                 if (it.on && token < n.V) {
-                    if (end) g.logits[int64(it.b) * ((n.V + 7) / 8 * 8) + token] = v;
+                    if (left == 1) g.logits[int64(it.b) * ((n.V + 7) / 8 * 8) + token] = v;
                     if (token < g.vocab) best = max(best, ranked(v, token));
                 }
                 continue;
             }
-            if (kind == 2)
-                v = __fdividef(v, 1.0f + exp2_fast(-v * kLog2e)) * (rstd(it.b) * sum_of(parts + 6 * kSumRow));
+            if (kind == 2) v = swiglu<bf16>(v, rstd(it.b) * sum_of(parts + 6 * kSumRow));
             if (kind % 2 == 1) v = x_own = to_float(from_float<bf16>(res * x_own + v));
             send_six(to, it, v, tag);
         }
@@ -5198,7 +5356,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             __threadfence();
             send(all + block, uint32_t(top), uint32_t(top >> 32), uint32_t(top), tag);
         }
-        if (end && block > 0) return;
+        if (left == 1 && block > 0) return;
         if (warp < B) {
             Ranked top = 0;
 #pragma unroll 1
@@ -5210,13 +5368,13 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             __threadfence();
             if (lane == 0) {
                 control.tokens[warp] = token_of(top);
-                if (block == 0) g.chosen[(made + step) * B + warp] = reported(top);
-                if (block == 0 && end) g.tokens[warp] = token_of(top);
+                if (block == 0) g.chosen[(g.cursor->made + g.steps - left) * B + warp] = reported(top);
+                if (block == 0 && left == 1) g.tokens[warp] = token_of(top);
             }
         }
         token_barrier();  // the tokens are there
     }
-    if (thread == 0) *g.cursor = {position + g.steps, made + g.steps};
+    if (thread == 0) *g.cursor = {past, g.cursor->made + g.steps};
 #endif
 }
 
@@ -6039,7 +6197,10 @@ void Model<A>::decode_whole(CudaState<A>* state, int64 vocab, int64 steps) {
                        state->tag + 1};
         state->tag += uint32_t((c.L + 1) * steps);
         void* pointers[] = {const_cast<TokenPlan*>(&plan), &args};
-        const void* kernel = plan.P > 64 ? (const void*)token_kernel<16> : (const void*)token_kernel<8>;
+        const void* const kernels[2][3] = {
+            {(const void*)token_kernel<8, 2>, (const void*)token_kernel<8, 4>, (const void*)token_kernel<8, 8>},
+            {(const void*)token_kernel<16, 2>, (const void*)token_kernel<16, 4>, (const void*)token_kernel<16, 8>}};
+        const void* kernel = kernels[plan.P > 64][plan.most / 4];
         CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared));
         CHECK_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(unsigned(plan.blocks)), dim3(kTokenLaunch), pointers,
                                                size_t(plan.shared), stream));
