@@ -4614,8 +4614,8 @@ struct TokenPlan {
     // partial
     int from_at[5] = {}, proj_at = 0, copy_words = 0, best_at = 0, partial_at = 0;
     int64 words = 0;
-    // Shared memory in bytes: control | the layers | in, out, gate_up, down | activations (B,K), sums of the warps behind them
-    // (those of the last product reach as far as h does) and scratch behind those of the projection
+    // Shared memory in bytes: control | the layers | in, out, gate_up, down | activations (B,K), behind them the warps' sums,
+    // and scratch behind those of the projection; h, which is longer, lies in the place of the sums before
     int row_d = 0, row_f = 0;  // from row to row of a matrix or of activations: D or F numbers, and 16 bytes more
     int matrix_at[5] = {};     // within the weights
     int slots = 0;             // tiles of the head, five units each, that fit in their place
@@ -4716,8 +4716,8 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
 // Of the warps that multiply.
 __device__ inline void token_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kTokenThreads) : "memory"); }
 
-// A layer's attention, unit by unit; every warp has an eighth of the keys of each. The next keys and
-// values are asked for while these are used. The last split also takes the new key and value, and appends them.
+// A layer's attention, unit by unit; every warp has an eighth of the keys of each. The next keys and values are asked for
+// while these are used. The last split also takes the new key and value, and appends them.
 template <int kLanes, int kMost>
 __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, const TokenLayer& l,
                                        const TokenControl& control, unsigned char* scratch, const Word* proj, int past,
@@ -4859,7 +4859,8 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
 }
 
 // kLanes: lanes that share a key of attention, 8 of its P numbers each.
-// kMost: sequences at most.
+// kMost: sequences at most, and units of attention. Instructions are what counts with one or two: they have less of them
+// under way, and three warps for a unit of y.
 template <int kLanes, int kMost>
 __global__ void __launch_bounds__(kTokenLaunch, 1)
     token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
@@ -5039,10 +5040,10 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
         const float all = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
         return rsqrtf(all * n.inverse_d + n.eps);
     };
-    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16; up to 4 sequences and 8 rows twice, the second
-    // half of the columns below the first. A warp loads kTokenTiles x kTokenSteps of them before the activations are there:
-    // tile (t,u) begins 16 u after column tile_column, of `columns`, and only exists below that. Up to 16 rows need one tile, and the
-    // others are further columns.
+    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16; for up to 4 sequences, those of up to 8 rows
+    // twice, the second half of the columns below the first. A warp loads kTokenTiles x kTokenSteps of them before the
+    // activations are there: tile (t,u) begins 16 u after column tile_column(t), of `columns`, and only exists below that. Up
+    // to 16 rows are one tile high: the others are further columns.
     using Tiles = uint32_t[kTokenTiles][kTokenSteps][4];
     using Sums = float[kTokenTiles][2][4];
     constexpr bool few = kMost <= 4;
@@ -5065,8 +5066,8 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                 if (16 * u < left) load_matrices<false>(a[t][u], from + 16 * u);
         }
     };
-    // A column of the other operand is a sequence; of up to four, columns 2b and 2b + 1 are the two halves of sequence b. All
-    // others are zeros.
+    // A column of the other operand is a sequence; of up to four, columns 2b and 2b + 1 are the two halves of sequence b.
+    // All others are zeros.
     const auto multiply_weights = [&](Sums& sum, const Tiles& a, int rows, int K, int k0) {
         const int width = columns(rows, K), b_of = few ? lane % 8 / 2 : lane % 8, half = few ? lane % 2 : 0;
         const bool mine = b_of < B && half <= twice(rows);
@@ -5192,8 +5193,8 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                 uint32_t y[3] = {};
                 if (!l.S) token_attention<kLanes, kMost>(n, g, l, control, scratch, mail + n.proj_at, past, tag);
                 if (l.S && makes_y) {
-                    // A lane has two pairs (j, j + N/2) of each row. What they are made of: words of C and of B, of up to two
-                    // heads, of X and of dt; in `stage` six numbers, or three pairs, of each.
+                    // A lane has two pairs (j, j + N/2) of each row. What they are made of: words of C and of B, of up to
+                    // two heads, of X and of dt; in `stage` six numbers, or three pairs, of each.
                     const bool has_pairs = 2 * lane < half_n;
                     const int own_pair = has_pairs ? lane : 0, hn = n.H * n.N, at_c = y_head * n.N, at_b = hn + at_c,
                               at_x = 2 * hn + y_row, at_dt = 2 * hn + n.D + y_head;
