@@ -4787,8 +4787,8 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
     }
     TokenUnit it = control.attention_units[0];
     fetch(keys, l.k, it, 0);
-    fetch(values, l.v, it, 0);
-    token_barrier();  // q, k and v are there
+    token_barrier();            // q, k and v are there
+    fetch(values, l.v, it, 0);  // not before: a warp that waits for memory to take what it asks for would come late
 #pragma unroll 1
     for (int unit = 0; unit < mine.count; ++unit) {
         const uint32_t* vectors = stage + unit * 3 * 3 * kTokenVector;
