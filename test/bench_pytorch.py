@@ -235,13 +235,15 @@ class Decoder:
 # ---- 2. Measuring: as `measure` in transxssm.cu, so that both sides are treated alike
 
 def measure(f, repeats):
-    """Two calls of no account, then `repeats`, fewer if they take over two seconds, with an event after each -> ms"""
+    """A call of no account and 0.15 s of further ones, then `repeats`, fewer if they take over two seconds, with an event after each -> ms"""
     f()
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    f()
-    torch.cuda.synchronize()
-    once = time.perf_counter() - start
+    start, calls, seconds = time.perf_counter(), 0, 0
+    while seconds < 0.15:
+        f()
+        torch.cuda.synchronize()
+        calls, seconds = calls + 1, time.perf_counter() - start
+    once = seconds / calls
     runs = min(repeats, max(3, int(2 / once)))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     events[0].record()
