@@ -738,7 +738,7 @@ static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* st
 // 4  RMSNorm: rstd = 1 / sqrt(mean(x^2) + eps);  u = x * rstd * w
 // ---------------------------------------------------------------------------------------------------------------------
 // The kernel of section 8 does it, together with the residual that comes before; alone it has no m. Decoding has it inside
-// other kernels (section 11b).
+// other kernels (section 11b), but for the final norm.
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 5  RoPE: the pair (x_j, x_{j+d/2}) turns by the angle pos * theta^(-2j/d), j < d/2
@@ -3100,8 +3100,9 @@ static constexpr int64 kNormBlocks = 264;  // of a backward: two for each of 132
 struct RowCut {
     int W, K, warps;  // W K 32 warps >= D
 };
-// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers. A few rows (a short prompt) do
-// not fill the GPU: there a row has as many warps as it can use, since the packs of a thread wait for each other.
+// For D up to kNormMaxD. vectors: every row and every weight begins at a multiple of 4 numbers. A few rows (a short prompt,
+// decoding's final norm) do not fill the GPU: there a row has as many warps as it can use, since the packs of a thread wait
+// for each other.
 static RowCut row_cut(int64 D, bool vectors, bool few_rows = false) {
     RowCut cut{vectors ? 4 : 1, 0, 1};
     const int few = few_rows ? 1 : vectors ? 6 : 8, many = vectors ? 8 : 32;
@@ -4167,8 +4168,8 @@ static int64 attention_heads(int64 H, int64 P) {
     return heads;
 }
 // Splits by the state's shape alone, not by how much of it is filled: one block for each of 132 multiprocessors (of an
-// H100), where that would leave many of them idle two or four, in one round, or eight; no more than one for every 128 keys
-// of a full state.
+// H100), or two; where that would leave many of them idle four or eight, in rounds of two; no more than one for every 128
+// keys of a full state.
 static int64 attention_splits(int64 B, int64 H, int64 P, int64 capacity) {
     const int64 others = B * H / attention_heads(H, P);
     int64 blocks = 132;
@@ -5489,10 +5490,10 @@ struct CudaState : State {
     Memory memory;
     // of decode steps, which are recorded
     DecodeCursor* cursor = nullptr;
-    Ranked* best = nullptr;              // (B)
+    Ranked* best = nullptr;              // (B), zeros between steps
     int32_t* chosen = nullptr;           // (kDecodeRun,B)
     float* attention_partial = nullptr;  // (B,H,splits,P+2)
-    unsigned* tickets = nullptr;         // (B,H), or fewer
+    unsigned* tickets = nullptr;         // (B,H), or fewer; zeros between steps
     int64 splits = 1;
     int64 steps = 0, graph_layout = -1, graph_vocab = 0;
     cudaGraphExec_t graph = nullptr;
@@ -5865,7 +5866,10 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
     if (plan.used > activations.size()) {
         CHECK_CUDA(cudaStreamSynchronize(stream));
         activations.reset();
-        const size_t free = MemoryInfo().free;
+        // Room is left for decoding's copy of the weights (fold_norms): a sample between training steps may want it.
+        const size_t later = training && folded.size() == 0 ? size_t(folded_count) * sizeof(A) : 0;
+        size_t free = MemoryInfo().free;
+        free -= std::min(free, later);
         if (plan.used > free) {
             int64 fits = 0, too_many = batch;  // bisect for the largest batch that fits
             while (too_many - fits > 1) {
