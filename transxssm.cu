@@ -5866,10 +5866,7 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
     if (plan.used > activations.size()) {
         CHECK_CUDA(cudaStreamSynchronize(stream));
         activations.reset();
-        // Room is left for decoding's copy of the weights (fold_norms): a sample between training steps may want it.
-        const size_t later = training && folded.size() == 0 ? size_t(folded_count) * sizeof(A) : 0;
-        size_t free = MemoryInfo().free;
-        free -= std::min(free, later);
+        const size_t free = MemoryInfo().free;
         if (plan.used > free) {
             int64 fits = 0, too_many = batch;  // bisect for the largest batch that fits
             while (too_many - fits > 1) {
