@@ -3995,11 +3995,11 @@ struct ResidualStream {
     }
 };
 
-// folded (out,in) = W diag(w_norm), rounded once.
+// folded (rows,in) = W (out,in) diag(w_norm), rounded once; rows beyond W's are zeros.
 template <class A>
-__global__ void fold_norm_kernel(A* folded, const float* w, const float* w_norm, int64 n, int64 in) {
+__global__ void fold_norm_kernel(A* folded, const float* w, const float* w_norm, int64 out, int64 rows, int64 in) {
     const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < n) folded[i] = from_float<A>(w[i] * w_norm[i % in]);
+    if (i < rows * in) folded[i] = from_float<A>(i < out * in ? w[i] * w_norm[i % in] : 0.0f);
 }
 
 // h (B,F) = swiglu(rstd gate_up). A thread has W neighbours; `parts` blocks share a sequence.
@@ -5555,9 +5555,12 @@ struct CudaState : State {
 struct Matrix {
     int64 master;  // offset in the flat buffers
     int64 copy;    // offset in the rounded copy
-    int64 folded;  // offset in decoding's copy, of those behind a norm
+    int64 folded;  // offset in decoding's copy, of those behind a norm (section 11b)
     int64 in, out, ld;
 };
+
+// What memory is laid out for; the last are decode steps with decoding's copy of the matrices.
+enum class Purpose { none, training, inference, folded_steps };
 
 template <class A>
 class Model {
@@ -5599,17 +5602,17 @@ class Model {
     std::string find_non_finite();
     size_t bytes_for(int64 batch, int64 length) {  // of activations, when training
         Arena plan;
-        carve(&plan, batch, length, true);
+        carve(&plan, batch, length, Purpose::training);
         const size_t n = plan.used;
-        carved = 0;
+        carved = Purpose::none;
         return n;
     }
 
   private:
     Blas blas;
-    Memory buffers[4], copy, folded, adamw_tiles, activations, rope_memory, scratch;
+    Memory buffers[4], copy, adamw_tiles, activations, rope_memory, scratch;
     int64 adamw_tile_count = 0, copy_count = 0, folded_count = 0;
-    int64 weights_version = 1, folded_version = 0;       // how often the weights have changed; as of when `folded` is
+    int64 weights_version = 1, folded_version = 0;       // how often the weights have changed; `folded` is as of then
     std::map<std::pair<int64, Param>, Matrix> matrices;  // (layer, first parameter)
     // of the last forward
     std::vector<LayerActivations<A>> layers;
@@ -5619,13 +5622,14 @@ class Model {
     int64 head_rows = 0;
     int32_t *tokens, *targets, *order, *start;  // (rows), start (rows + 1)
     int64 B = 0, T = 0, distinct = 0;
-    int64 carved = 0, carved_B = 0, carved_T = 0;  // 0: nothing, 1: for training, 2: for inference
+    Purpose carved = Purpose::none;
+    int64 carved_B = 0, carved_T = 0;
     bool has_targets = false, dropout_on = false;
     DropoutKey dropout_key{};
     float *cos_qk = nullptr, *sin_qk = nullptr, *cos_cb = nullptr, *sin_cb = nullptr;
     int64 rope_positions = 0, layout_count = 0;  // how often memory was laid out anew
     // not needed after the op that reads it
-    A *m, *h, *dx, *dm, *du, *dy, *dproj, *dgate_up, *last;
+    A *m, *h, *dx, *dm, *du, *dy, *dproj, *dgate_up, *last, *folded;
     float *ddt, *ddA, *partial, *logits32, *segment_scratch;
     float* attention_stats;  // (B,H,T padded) pairs: log-sum-exp, dy . y
 
@@ -5663,8 +5667,8 @@ class Model {
         linear_backward_input(d_x, d_y, a, rows, scale);
         linear_backward_weight(d_y, x, a, rows, scale);
     }
-    void carve(Arena*, int64 batch, int64 length, bool training);
-    void prepare(int64 batch, int64 length, bool training);
+    void carve(Arena*, int64 batch, int64 length, Purpose);
+    void prepare(int64 batch, int64 length, Purpose);
     void extend_rope(int64 positions);
     void layers_forward(CudaState<A>* state, int64 before);
     void layer_forward(int64 layer, CudaState<A>* state, int64 before, A* hidden);
@@ -5782,7 +5786,8 @@ static constexpr int64 kLogitsKept = int64(8) << 30, kLogitsPart = int64(1) << 3
 // Lays out what a forward pass (and, when training, a backward pass) needs. In inference all layers use the same
 // memory; with `recompute` they do so too, but for each layer's input.
 template <class A>
-void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
+void Model<A>::carve(Arena* a, int64 batch, int64 length, Purpose purpose) {
+    const bool training = purpose == Purpose::training;
     const Config& c = config;
     const int64 rows = batch * length, D = c.D, H = c.H, logit_row = padded8(c.V);
     const bool shared = !training || recompute;
@@ -5832,6 +5837,7 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
         a->take(&h, rows * c.F);
         a->take(&last, batch * D);
         a->take(&logits32, head_rows * logit_row);
+        if (purpose == Purpose::folded_steps) a->take(&folded, folded_count);
         return;
     }
     const int64 row_bytes = logit_row * int64(sizeof(A));
@@ -5857,12 +5863,12 @@ void Model<A>::carve(Arena* a, int64 batch, int64 length, bool training) {
 }
 
 template <class A>
-void Model<A>::prepare(int64 batch, int64 length, bool training) {
-    const int64 mode = training ? 1 : 2;
-    if (carved == mode && carved_B == batch && carved_T == length) return;
-    carved = 0;
+void Model<A>::prepare(int64 batch, int64 length, Purpose purpose) {
+    if (carved == purpose && carved_B == batch && carved_T == length) return;
+    carved = Purpose::none;
+    folded_version = 0;
     Arena plan;
-    carve(&plan, batch, length, training);
+    carve(&plan, batch, length, purpose);
     if (plan.used > activations.size()) {
         CHECK_CUDA(cudaStreamSynchronize(stream));
         activations.reset();
@@ -5872,21 +5878,21 @@ void Model<A>::prepare(int64 batch, int64 length, bool training) {
             while (too_many - fits > 1) {
                 const int64 middle = (fits + too_many) / 2;
                 Arena smaller;
-                carve(&smaller, middle, length, training);
+                carve(&smaller, middle, length, purpose);
                 (smaller.used <= free ? fits : too_many) = middle;
             }
             std::string advice = fits > 0 ? format("a batch of %lld fits", (long long)fits)
                                           : std::string("not even a batch of 1 fits: shorten --seq-len");
-            if (training && !recompute) advice += "; train --recompute needs less";
+            if (purpose == Purpose::training && !recompute) advice += "; train --recompute needs less";
             fail("GPU: %lld x %lld tokens need %s of memory, %s are free; %s", (long long)batch, (long long)length,
                  byte_text(double(plan.used)).c_str(), byte_text(double(free)).c_str(), advice.c_str());
         }
         activations.resize(plan.used, "a forward pass");
     }
     Arena real{activations.at(), 0};
-    carve(&real, batch, length, training);
+    carve(&real, batch, length, purpose);
     ++layout_count;
-    carved = mode;
+    carved = purpose;
     carved_B = batch;
     carved_T = length;
 }
@@ -5932,9 +5938,8 @@ double Model<A>::forward(const int32_t* tokens_in, const int32_t* targets_in, in
         decode(state, tokens_in, 1, c.V, host_logits, nullptr);
         return 0;
     }
-    const bool training = !state;
     has_targets = false;  // backward() needs a forward that had some
-    prepare(batch, length, training);
+    prepare(batch, length, state ? Purpose::inference : Purpose::training);
     extend_rope(pos0 + length);
     B = batch;
     T = length;
@@ -6053,7 +6058,7 @@ void Model<A>::decode(CudaState<A>* state, const int32_t* last_tokens, int64 cou
     has_targets = dropout_on = false;
     B = state->B;
     T = 1;
-    prepare(B, 1, false);
+    prepare(B, 1, state->whole ? Purpose::inference : Purpose::folded_steps);
     extend_rope(state->position + count);
     if (!state->whole) fold_norms();
     CHECK_CUDA(cudaMemcpyAsync(tokens, last_tokens, size_t(B) * sizeof(int32_t), cudaMemcpyHostToDevice, stream));
@@ -6109,17 +6114,13 @@ void Model<A>::decode_step(CudaState<A>* state, int64 vocab) {
     CHECK_CUDA(cudaGraphLaunch(state->graph, stream));
 }
 
-// Decoding's copy of the matrices behind a norm, unless the weights are those of the last time.
+// Decoding's copy of the matrices behind a norm, unless it is there and the weights are those of the last time.
 template <class A>
 void Model<A>::fold_norms() {
     if (folded_version == weights_version) return;
-    if (folded.size() == 0) {
-        folded.make<A>(folded_count, "decoding's copy of the weights");
-        CHECK_CUDA(cudaMemsetAsync(folded.at(), 0, folded.size(), stream));  // the padding
-    }
     const auto fold = [&](const Matrix& a, const float* w_norm) {
-        launch("fold_norm", fold_norm_kernel<A>, ceil_div(a.out * a.in, 256), 256, 0, stream, folded.at<A>() + a.folded,
-               buffers[0].at<float>() + a.master, w_norm, a.out * a.in, a.in);
+        launch("fold_norm", fold_norm_kernel<A>, ceil_div(a.ld * a.in, 256), 256, 0, stream, folded + a.folded,
+               buffers[0].at<float>() + a.master, w_norm, a.out, a.ld, a.in);
     };
     for (int64 i = 0; i < config.L; ++i) {
         fold(mixer_in(i), w(Param::norm1, i));
@@ -6139,7 +6140,7 @@ void Model<A>::decode_layers(CudaState<A>* state) {
     const Position before{state->position, &state->cursor->position};
     LayerActivations<A>& a = layers[0];  // every layer's
     const auto linear_folded = [&](A* y, const A* x, const Matrix& of) {
-        linear_forward(blas, y, of.ld, x, folded.at<A>() + of.folded, B, of.in, of.ld, stream);
+        linear_forward(blas, y, of.ld, x, folded + of.folded, B, of.in, of.ld, stream);
     };
     embedding_forward(a.x, tokens, w(Param::word_embed), B, c.D, stream);
     for (int64 i = 0; i < c.L; ++i) {
@@ -6449,7 +6450,7 @@ std::string Model<A>::find_non_finite() {
             look(format("%s %s", what, x.name.c_str()), buffer(which) + x.offset, 1, x.count, x.count);
     };
     look_parameters(Buffer::weights, "weight");
-    if (carved == 1) {
+    if (carved == Purpose::training) {
         const int64 rows = B * T, D = config.D;
         for (size_t i = 0; i < layers.size(); ++i) {
             const LayerActivations<A>& a = layers[i];
