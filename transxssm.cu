@@ -667,16 +667,6 @@ __device__ inline void await(uint32_t barrier, unsigned phase) {
 }
 __device__ inline void await(uint64_t* barrier, unsigned phase) { await(shared_address(barrier), phase); }
 
-// How many tokens came before: a number, or where it lies on the device. A decode step is recorded once and replayed,
-// and the position is what changes from step to step.
-struct Position {
-    int64 value;
-    const int64* device;
-    __host__ __device__ Position(int64 v) : value(v), device(nullptr) {}
-    __host__ __device__ Position(int64 v, const int64* d) : value(v), device(d) {}
-    __device__ int64 get() const { return device ? *device : value; }
-};
-
 // ---------------------------------------------------------------------------------------------------------------------
 // 3  Embedding: x_r = E[token_r]
 // ---------------------------------------------------------------------------------------------------------------------
@@ -747,10 +737,10 @@ static int64 sort_by_token(std::vector<int32_t>* order, std::vector<int32_t>* st
 
 template <class A, int W>
 __global__ void rope_kernel(A* x, const float* cos, const float* sin, int64 n, int64 T, int64 H, int64 half, int64 ld,
-                            Position pos0, float sign) {
+                            int64 pos0, float sign) {
     const int64 i = (int64(blockIdx.x) * blockDim.x + threadIdx.x) * W;
     if (i >= n) return;
-    const int64 j = i % half, head = i / half % H, row = i / half / H, pos = pos0.get() + row % T;
+    const int64 j = i % half, head = i / half % H, row = i / half / H, pos = pos0 + row % T;
     A* lo = x + row * ld + head * 2 * half + j;
     float a[W], b[W], c[W], s[W], ra[W], rb[W];
     load<W>(a, lo);
@@ -767,7 +757,7 @@ __global__ void rope_kernel(A* x, const float* cos, const float* sin, int64 n, i
 }
 // H heads of d elements, in B*T rows `ld` apart, from position pos0 on; inverse undoes it (= backward).
 template <class A>
-static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int64 T, int64 H, int64 ld, Position pos0,
+static void rope(A* x, const float* cos, const float* sin, int64 d, int64 B, int64 T, int64 H, int64 ld, int64 pos0,
                  bool inverse, cudaStream_t stream) {
     const int64 half = d / 2, n = B * T * H * half;
     const bool vectors = half % 8 == 0 && ld % 8 == 0 && uintptr_t(x) % 32 == 0;
@@ -1203,7 +1193,7 @@ __device__ inline void store_rows(A* to, int64 ld, const Accumulator<NT> (&acc)[
 template <class A, int kP, class N>
 __global__ void __launch_bounds__(N::threads, N::blocks)
     attention_forward_kernel(A* y, float* lse, const A* q, const A* k, const A* v, const __grid_constant__ Maps maps,
-                             AttentionShape n, Position before, float scale) {
+                             AttentionShape n, int64 before, float scale) {
     constexpr int M = N::M, kStep = N::step;
     using TileQ = Tile<A, N::own, kP, N::team>;
     using TileK = Tile<A, kStep, kP, N::team>;
@@ -1216,8 +1206,8 @@ __global__ void __launch_bounds__(N::threads, N::blocks)
     const int64 tiles = (n.T + N::own - 1) / N::own;
     const Work work = my_work(n.B * n.H, tiles);
     const int64 b = work.head / n.H, h = work.head % n.H, t0 = (tiles - 1 - work.tile) * N::own, row0 = b * n.T + t0;
-    const int rows = int(min(int64(N::own), n.T - t0)), first_position = int(before.get() + t0),
-              keys = first_position + rows, steps = (keys + kStep - 1) / kStep;
+    const int rows = int(min(int64(N::own), n.T - t0)), first_position = int(before + t0), keys = first_position + rows,
+              steps = (keys + kStep - 1) / kStep;
     const int64 hkv = h / (n.H / n.Hkv);
     const Source<A, N::team> source_q(maps.q, q, n.ld_q, n.T * n.ld_q, b, h, n.P),
         source_k(maps.k, k, n.ld_kv, n.seq_kv, b, hkv, n.P), source_v(maps.v, v, n.ld_kv, n.seq_kv, b, hkv, n.P);
@@ -1683,7 +1673,7 @@ static void attention_form(const A* q, const A* k, const A* v, const A* dy, cons
 // `before` keys come before the first query.
 template <class A>
 static void attention_forward(A* y, float* lse, const A* q, const A* k, const A* v, const AttentionShape& n,
-                              Position before, cudaStream_t stream) {
+                              int64 before, cudaStream_t stream) {
     attention_form<A>(q, k, v, nullptr, n, [&](auto width, auto team) {
         constexpr int kP = decltype(width)::value, kTeam = decltype(team)::value;
         using N = typename Tilings<A, kP, kTeam>::Forward;
@@ -1790,7 +1780,7 @@ static void ssd_dt_backward(A* ddt_raw, float* ddt_bias, float* dA_log, float* p
 // C and B in memory are not turned by RoPE yet: that happens on chip.
 struct SsdRope {
     const float *cos, *sin;  // (positions, N/2), at least kSsdRopeRows; null: no RoPE
-    Position before;
+    int64 before;
 };
 static constexpr int64 kSsdRopeRows = 65;
 
@@ -2027,8 +2017,8 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         copies_done();
         __syncthreads();  // tiles, vectors and the state operand are complete
         if (in.rope.cos) {
-            rotate_tile(C, ldn, in.rope, in.rope.before.get() + t0, valid, real_N);
-            rotate_tile(Bt, ldn, in.rope, in.rope.before.get() + t0, valid, real_N);
+            rotate_tile(C, ldn, in.rope, in.rope.before + t0, valid, real_N);
+            rotate_tile(Bt, ldn, in.rope, in.rope.before + t0, valid, real_N);
         }
         scale_tokens(Xs, ldp, v.into, q, P);
         __syncthreads();  // C and B are turned, Xs is complete
@@ -2158,7 +2148,7 @@ __global__ void __launch_bounds__(kSsdThreads, 1)
         copies_done();
         __syncthreads();  // tiles, vectors, S and dS are complete
         if (in.rope.cos) {
-            const int64 position = in.rope.before.get() + t0;
+            const int64 position = in.rope.before + t0;
             rotate_tile(C, ldn, in.rope, position, valid, real_N);
             rotate_tile(Bt, ldn, in.rope, position, valid, real_N);
             __syncthreads();  // C and B are turned
@@ -2559,7 +2549,7 @@ __device__ inline void store_rows(bf16* to, int64 ld, SsdWide<N, team> at, const
 // One warp's 16 rows of a state, as it enters and leaves: fp32, in position 0's frame. What has left is of no more use.
 template <int N>
 __device__ inline void rotate_to(Accumulator<N / 8>& state, float sign, const SsdRope& rope, int time) {
-    const int64 position = rope.before.get() + time;
+    const int64 position = rope.before + time;
     if (rope.cos)
         rotate_rows(state, sign, [&](int, int j, float(&c)[2], float(&s)[2]) {
             load<2>(c, rope.cos + position * (N / 2) + j);
@@ -3923,11 +3913,11 @@ __global__ void gather_last_kernel(A* last, const A* u, int64 n, int64 T, int64 
 // k or v of new tokens into the cache: from rows `ld` apart to (sequence, position, width).
 template <class A>
 __global__ void append_cache_kernel(A* cache, const A* from, int64 n, int64 T, int64 width, int64 ld, int64 capacity,
-                                    Position position) {
+                                    int64 position) {
     const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const int64 r = i / width, c = i % width;
-    cache[(r / T * capacity + position.get() + r % T) * width + c] = from[r * ld + c];
+    cache[(r / T * capacity + position + r % T) * width + c] = from[r * ld + c];
 }
 template <class To, class From>
 __global__ void convert_kernel(To* to, const From* from, int64 n) {
@@ -3941,7 +3931,7 @@ __global__ void convert_kernel(To* to, const From* from, int64 n) {
 // A step reads every weight once, reads and writes every SSD state, and reads the cache: it is bound by these bytes. The
 // kernels here read them once, with RoPE, dt and the decay applied on the way.
 
-// What a run of decode steps advances, in device memory: a step is recorded once and replayed.
+// What a run of decode steps advances, in device memory: a step is recorded once and replayed, and this is what changes.
 struct DecodeCursor {
     int64 position;  // tokens consumed so far
     int64 made;      // tokens chosen in this run
@@ -4058,7 +4048,7 @@ __device__ inline void store_state(float* p, const float (&f)[W]) {
 template <class A, int W>
 __global__ void __launch_bounds__(128, 6)
     ssd_step_kernel(A* y, float* S, const A* proj, ResidualStream<A> residual, const float* dt_bias, const float* A_log,
-                    const float* cos, const float* sin, bool decay, SsdShape n, Position position, int parts) {
+                    const float* cos, const float* sin, bool decay, SsdShape n, const DecodeCursor* cursor, int parts) {
     const int H = int(n.H), N = int(n.N), P = int(n.P), groups = (P + kStepRows - 1) / kStepRows, half = N / 2;
     const int b = int(blockIdx.x) / parts, warp = int(blockIdx.x) % parts * 4 + int(threadIdx.x) / 32;
     const int i = min(warp, H * groups - 1), h = i / groups, p0 = i % groups * kStepRows;  // some have nothing to do
@@ -4066,7 +4056,7 @@ __global__ void __launch_bounds__(128, 6)
     const int at = h * P + p0;
     float* s = S + (int64(b) * H * P + at) * N;
     const A *row = proj + b * n.ld, *C = row + h * N, *Bt = C + H * N, *X = row + 2 * H * N + at;
-    const int64 turns = position.get() * half;
+    const int64 turns = cursor->position * half;
     float lo[kStepRows][W], hi[kStepRows][W];
     RawPack<A, W> raw_c[2], raw_b[2];
     RawPack<float, W> raw_cos, raw_sin;
@@ -4143,23 +4133,24 @@ __global__ void __launch_bounds__(128, 6)
 template <class A>
 static void ssd_step(A* y, float* S, const A* proj, const ResidualStream<A>& residual, const float* dt_bias,
                      const float* A_log, const float* cos, const float* sin, bool decay, const SsdShape& n,
-                     Position position, cudaStream_t stream) {
+                     const DecodeCursor* cursor, cudaStream_t stream) {
     const bool pairs = n.N % 4 == 0 && n.ld % 2 == 0;
     const int64 parts = ceil_div(n.H * ceil_div(n.P, kStepRows), 4);  // blocks that share a sequence
     launch("ssd_step", pairs ? ssd_step_kernel<A, 2> : ssd_step_kernel<A, 1>, n.B * parts, 128, 0, stream, y, S, proj,
-           residual, dt_bias, A_log, cos, sin, decay, n, position, int(parts));
+           residual, dt_bias, A_log, cos, sin, decay, n, cursor, int(parts));
 }
 
 // ---- Attention: one query of each head over the cache -------------------------------------------------------------------
 // A block owns a range of the keys of one sequence (one of `splits`) and as many neighbouring heads as fit, so that it
 // reads whole rows of the cache. kLanes lanes share the key of one head, 8 of its P numbers each; `groups` keys are under
-// way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kKeys keys at
-// a time, while the next ones come to shared memory in the background, kRingBytes a thread. A block leaves, for each
-// head, the largest of its scores, the sum of their exponentials relative to it and the sum of the values so weighted,
-// and the last block to be done of those with the same heads joins the splits in their order. The new key and value are
-// appended on the way; they are taken from the projection, since another block may be writing them.
+// way side by side, and every such group of lanes has an online softmax of its own (powers of 2) and takes kStepKeys keys
+// at a time, while the next ones come to shared memory in the background, kRingBytes a thread: a thread fills and reads 8
+// numbers of each place and no others, so that nobody waits for anybody. A block leaves, for each head, the largest of its
+// scores, the sum of their exponentials relative to it and the sum of the values so weighted, and the last block to be
+// done of those with the same heads joins the splits in their order. The new key and value are appended on the way; they
+// are taken from the projection, since another block may be writing them.
 
-static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256, kJoined = 12;
+static constexpr int kDecodeThreads = 384, kStepKeys = 2, kRingBytes = 256, kJoined = 8;
 static int attention_lanes(int64 P) { return P % 8 == 0 && P <= 64 ? 8 : 16; }
 // Heads that a block takes: a divisor of H.
 static int64 attention_heads(int64 H, int64 P) {
@@ -4177,17 +4168,11 @@ static int64 attention_splits(int64 B, int64 H, int64 P, int64 capacity) {
     return std::max<int64>(1, std::min<int64>({blocks / others, ceil_div(capacity, 128), 64}));
 }
 
-// Numbers e .. e + 7 of a row of P, zeros beyond its end. Aligned: P is a multiple of 8.
-template <bool aligned, class A>
+// Numbers e .. e + 7 of a row of P, zeros beyond its end.
+template <class A>
 __device__ inline void load_row8(float (&f)[8], const A* row, int e, int P) {
-    if (aligned) {
-        if (e < P) return load<8>(f, row + e);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) f[i] = 0;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) f[i] = e + i < P ? to_float(row[e + i]) : 0.0f;
-    }
+    for (int i = 0; i < 8; ++i) f[i] = e + i < P ? to_float(row[e + i]) : 0.0f;
 }
 // The same of a row turned by RoPE; the angles' cos and sin have P/2 numbers.
 template <class A>
@@ -4258,82 +4243,6 @@ __device__ inline float score_of(const float (&q)[8], const float (&key)[8]) {
     for (int d = kLanes / 2; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
     return s;
 }
-// One split of one head: its keys, dealt out to the groups one by one, kKeys at a time; to the last one's group 0 also the
-// new key and value, which it appends if `appends`. k, v: the cache, rows ld apart; q, k_new, v_new: before RoPE, to be
-// multiplied by what rstd() returns, which is called when the first keys are on their way.
-// kStages > 0: so many steps lie in the ring, in shared memory, or are on their way to it. A thread fills and reads 8 numbers
-// of each place and no others, so that nobody waits for anybody. 0: keys are read when they are needed.
-template <int kLanes, bool aligned, int kKeys, int kStages, class A, class Rstd>
-__device__ inline OnlineSoftmax attend(A* ring, A* k, A* v, int64 ld, const A* q_new, const A* k_new, const A* v_new,
-                                       const float* cos, const float* sin, int64 past, int split, int splits,
-                                       bool appends, int group, int groups, int e, int P, Rstd rstd) {
-    const int64 per_split = (past + splits - 1) / splits, first = split * per_split,
-                last = min(past, first + per_split);
-    const int step = groups * kKeys;
-    const auto row_of = [&](int64 s, int u) { return min(s + u * groups + group, last - 1) * ld; };
-    const auto place = [&](int stage, int u) {  // of a key, and then its value
-        return ring + ((stage % (kStages > 0 ? kStages : 1) * kKeys + u) * 2 * blockDim.x + threadIdx.x) * 8;
-    };
-    const auto fetch = [&](int64 s, int stage) {
-#pragma unroll
-        for (int u = 0; u < kKeys && s < last; ++u) {
-            fetch_row8(place(stage, u), k + row_of(s, u), e, P);
-            fetch_row8(place(stage, u) + blockDim.x * 8, v + row_of(s, u), e, P);
-        }
-        copies_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch(first + i * step, i);
-    cos += past * (P / 2);
-    sin += past * (P / 2);
-    float q[8];
-    load_turned8(q, q_new, e, P, cos, sin);
-    const float scale = rstd();
-#pragma unroll
-    for (int i = 0; i < 8; ++i) q[i] *= scale * kLog2e * rsqrtf(float(P));
-    OnlineSoftmax mean;
-    int stage = 0;
-    for (int64 s0 = first; s0 < last; s0 += step, ++stage) {
-        float keys[kKeys][8], values[kKeys][8], scores[kKeys];
-        if constexpr (kStages > 0) {
-            fetch(s0 + (kStages - 1) * step, stage + kStages - 1);
-            copies_wait<kStages - 1>();
-        }
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u)
-            if constexpr (kStages > 0) {
-                load<8>(keys[u], place(stage, u));
-                load<8>(values[u], place(stage, u) + blockDim.x * 8);
-            } else {
-                const int64 at = row_of(s0, u);
-                load_row8<aligned>(keys[u], k + at, e, P);
-                load_row8<aligned>(values[u], v + at, e, P);
-            }
-#pragma unroll
-        for (int u = 0; u < kKeys; ++u) {
-            scores[u] = score_of<kLanes>(q, keys[u]);
-            if (s0 + u * groups + group >= last) scores[u] = -INFINITY;
-        }
-        mean.add(scores, values);
-    }
-    if (split < splits - 1) return mean;
-    float key[1][8], value[1][8];
-    load_turned8(key[0], k_new, e, P, cos, sin);
-    load_row8<false>(value[0], v_new, e, P);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        key[0][i] *= scale;
-        value[0][i] *= scale;
-    }
-    const float score[1] = {score_of<kLanes>(q, key[0])};
-    if (group > 0) return mean;
-    mean.add(score, value);
-    for (int i = 0; i < 8 && e + i < P && appends; ++i) {
-        k[past * ld + e + i] = from_float<A>(key[0][i]);
-        v[past * ld + e + i] = from_float<A>(value[0][i]);
-    }
-    return mean;
-}
 // Number c of the weighted sum over entries 0, step, ... of a block, `count` of them: sums, top, sum.
 template <int kWidth>
 __device__ inline void join_groups(float* out, float* top, float* sum, const float (*entries)[kWidth + 2], int count,
@@ -4355,25 +4264,84 @@ template <class A, int kLanes, bool aligned>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     attention_step_kernel(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
                           ResidualStream<A> residual, const float* cos, const float* sin, AttentionShape n,
-                          Position position, int splits, int heads, int groups) {
+                          const DecodeCursor* cursor, int splits, int heads, int groups) {
     extern __shared__ __align__(16) unsigned char shared[];
+    A* ring = reinterpret_cast<A*>(shared);
     float(*joined)[8 * kLanes + 2] = reinterpret_cast<float(*)[8 * kLanes + 2]>(shared);
     const int H = int(n.H), P = int(n.P), block = int(blockIdx.x) / splits, split = int(blockIdx.x) % splits;
     const int b = block / (H / heads), first_head = block % (H / heads) * heads, entry = int(threadIdx.x) / kLanes,
               e = int(threadIdx.x) % kLanes * 8;
     const int shared_by = H / int(n.Hkv), h = first_head + entry % heads, hkv = h / shared_by;
     const int group = entry < heads * groups ? entry / heads : 1 << 30;
-    const A *q_new = proj + b * n.ld_q + h * P, *k_new = proj + b * n.ld_q + (H + hkv) * P;
+    const int past = int(cursor->position), per_split = (past + splits - 1) / splits, first = split * per_split,
+              last = min(past, first + per_split), step = groups * kStepKeys;
+    A *k = k_cache + b * n.seq_kv + hkv * P, *v = v_cache + b * n.seq_kv + hkv * P;
+    const auto row_of = [&](int s, int u) { return min(s + u * groups + group, last - 1) * n.ld_kv; };
+    // So many steps lie in the ring or are on their way to it; none if rows are not aligned, which are read when needed.
     constexpr int kStages = aligned ? kRingBytes / (kStepKeys * 16 * int(sizeof(A))) : 0;
-    const OnlineSoftmax mean = attend<kLanes, aligned, kStepKeys, kStages>(
-        reinterpret_cast<A*>(shared), k_cache + b * n.seq_kv + hkv * P, v_cache + b * n.seq_kv + hkv * P, n.ld_kv,
-        q_new, k_new, k_new + n.Hkv * P, cos, sin, position.get(), split, splits, h % shared_by == 0, group, groups, e,
-        P, [&] {
-            for (int c = first_head * P + int(threadIdx.x); c < (first_head + heads) * P && split == 0;
-                 c += int(blockDim.x))
-                residual.pass_on(b, c, residual.ask(b, c));
-            return residual.rstd(b);
-        });
+    const auto place = [&](int stage, int u) {  // of a key, and then its value
+        return ring + ((stage % (kStages > 0 ? kStages : 1) * kStepKeys + u) * 2 * blockDim.x + threadIdx.x) * 8;
+    };
+    const auto fetch = [&](int s, int stage) {
+#pragma unroll
+        for (int u = 0; u < kStepKeys && s < last; ++u) {
+            fetch_row8(place(stage, u), k + row_of(s, u), e, P);
+            fetch_row8(place(stage, u) + blockDim.x * 8, v + row_of(s, u), e, P);
+        }
+        copies_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) fetch(first + i * step, i);
+    const A *q_new = proj + b * n.ld_q + h * P, *k_new = proj + b * n.ld_q + (H + hkv) * P;
+    cos += int64(past) * (P / 2);
+    sin += int64(past) * (P / 2);
+    float q[8];
+    load_turned8(q, q_new, e, P, cos, sin);
+    for (int c = first_head * P + int(threadIdx.x); c < (first_head + heads) * P && split == 0; c += int(blockDim.x))
+        residual.pass_on(b, c, residual.ask(b, c));
+    const float rstd = residual.rstd(b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] *= rstd * kLog2e * rsqrtf(float(P));
+    OnlineSoftmax mean;
+    int stage = 0;
+    for (int s = first; s < last; s += step, ++stage) {
+        float keys[kStepKeys][8], values[kStepKeys][8], scores[kStepKeys];
+        if constexpr (kStages > 0) {
+            fetch(s + (kStages - 1) * step, stage + kStages - 1);
+            copies_wait<kStages - 1>();
+        }
+#pragma unroll
+        for (int u = 0; u < kStepKeys; ++u) {
+            if constexpr (kStages > 0) {
+                load<8>(keys[u], place(stage, u));
+                load<8>(values[u], place(stage, u) + blockDim.x * 8);
+            } else {
+                load_row8(keys[u], k + row_of(s, u), e, P);
+                load_row8(values[u], v + row_of(s, u), e, P);
+            }
+            scores[u] = score_of<kLanes>(q, keys[u]);
+            if (s + u * groups + group >= last) scores[u] = -INFINITY;
+        }
+        mean.add(scores, values);
+    }
+    if (split == splits - 1) {  // the new key and value, which one head of those that share them appends
+        float key[1][8], value[1][8];
+        load_turned8(key[0], k_new, e, P, cos, sin);
+        load_row8(value[0], k_new + n.Hkv * P, e, P);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            key[0][i] *= rstd;
+            value[0][i] *= rstd;
+        }
+        const float score[1] = {score_of<kLanes>(q, key[0])};
+        if (group == 0) {
+            mean.add(score, value);
+            for (int i = 0; i < 8 && e + i < P && h % shared_by == 0; ++i) {
+                k[past * n.ld_kv + e + i] = from_float<A>(key[0][i]);
+                v[past * n.ld_kv + e + i] = from_float<A>(value[0][i]);
+            }
+        }
+    }
     __syncthreads();  // the ring has been read: its place is used again
 #pragma unroll
     for (int i = 0; i < 8; ++i) joined[entry][e + i] = mean.out[i];
@@ -4390,7 +4358,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         to[P] = top;
         to[P + 1] = sum;
     }
-    __shared__ bool last;
+    __shared__ bool joins;  // the last block to be done
     __syncthreads();  // the block's part is written; its ticket publishes it, and takes note of those with earlier ones
     if (threadIdx.x == 0) {
         unsigned ticket;
@@ -4398,10 +4366,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
                      : "=r"(ticket)
                      : "l"(tickets + block), "r"(splits - 1)
                      : "memory");
-        last = ticket == unsigned(splits - 1);
+        joins = ticket == unsigned(splits - 1);
     }
     __syncthreads();
-    if (!last) return;
+    if (!joins) return;
     // Two numbers of a head's result, many parts at a time: nothing else is left to do while they are on their way.
     for (int i = int(threadIdx.x); i < heads * P / 2; i += int(blockDim.x)) {
         const float2* part =
@@ -4438,7 +4406,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 template <class A>
 static void attention_step(A* y, float* partial, unsigned* tickets, A* k_cache, A* v_cache, const A* proj,
                            const ResidualStream<A>& residual, const float* cos, const float* sin,
-                           const AttentionShape& n, Position position, int64 splits, cudaStream_t stream) {
+                           const AttentionShape& n, const DecodeCursor* cursor, int64 splits, cudaStream_t stream) {
     const int lanes = attention_lanes(n.P), heads = int(attention_heads(n.H, n.P)),
               groups = std::max(1, kDecodeThreads / (heads * lanes)),
               threads = int(round_up(heads * groups * lanes, 32));
@@ -4446,7 +4414,7 @@ static void attention_step(A* y, float* partial, unsigned* tickets, A* k_cache, 
     const size_t bytes = size_t(threads * (n.P % 8 == 0 ? kRingBytes : 64));
     const auto go = [&](auto kernel) {
         launch("attention_step", kernel, n.B * (n.H / heads) * splits, threads, bytes, stream, y, partial, tickets,
-               k_cache, v_cache, proj, residual, cos, sin, n, position, int(splits), heads, groups);
+               k_cache, v_cache, proj, residual, cos, sin, n, cursor, int(splits), heads, groups);
     };
     if (n.P % 8 != 0) go(attention_step_kernel<A, 16, false>);
     else if (n.P > 64) go(attention_step_kernel<A, 16, true>);
@@ -4823,7 +4791,7 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
         if (warp == 0 && it.split == n.splits - 1) {
             float key[1][8], value[1][8];
             turned(key[0], vectors + 3 * kTokenVector, at_k);
-            load_row8<false>(value[0], reinterpret_cast<const bf16*>(vectors + 6 * kTokenVector) + at_v % 6, e, n.P);
+            load_row8(value[0], reinterpret_cast<const bf16*>(vectors + 6 * kTokenVector) + at_v % 6, e, n.P);
             const float score[1] = {score_of<kLanes>(q, key[0])};
             if (lane < kLanes) {
                 mean.add(score, value);
@@ -6137,7 +6105,6 @@ void Model<A>::decode_layers(CudaState<A>* state) {
     const int64 row = c.Hkv * c.P();
     const AttentionShape attention{B, 1, 0, c.H, c.Hkv, c.P(), padded32(c.attn_width()), row, state->capacity * row};
     const SsdShape ssd{B, 1, c.H, c.P(), c.N, c.Q, padded32(c.ssd_width())};
-    const Position before{state->position, &state->cursor->position};
     LayerActivations<A>& a = layers[0];  // every layer's
     const auto linear_folded = [&](A* y, const A* x, const Matrix& of) {
         linear_forward(blas, y, of.ld, x, folded + of.folded, B, of.in, of.ld, stream);
@@ -6150,10 +6117,10 @@ void Model<A>::decode_layers(CudaState<A>* state) {
         linear_folded(a.proj, a.x, mixer_in(i));
         if (c.is_attention(i))
             attention_step(a.y, state->attention_partial, state->tickets, past.k, past.v, a.proj, residual1, cos_qk,
-                           sin_qk, attention, before, state->splits, stream);
+                           sin_qk, attention, state->cursor, state->splits, stream);
         else
             ssd_step(a.y, past.S, a.proj, residual1, w(Param::dt_bias, i), w(Param::A_log, i), cos_cb, sin_cb,
-                     c.ssd_decay, ssd, before, stream);
+                     c.ssd_decay, ssd, state->cursor, stream);
         linear(a.x_mid, a.y, mixer_out(i), B, true);
         linear_folded(a.gate_up, a.x_mid, matrix(Param::gate_proj, i));
         swiglu_step(h, a.gate_up, residual2, B, c.F, stream);
@@ -6612,9 +6579,10 @@ class Arrays {
     T* out(float* host, int64 n) { return place(nullptr, host, n); }
     T* inout(float* host, int64 n) { return place(host, host, n); }
     T* scratch(int64 n) { return place(nullptr, nullptr, n); }
-    int32_t* integers(const int32_t* host, int64 n) {
-        int32_t* to = room<int32_t>(n);
-        CHECK_CUDA(cudaMemcpy(to, host, size_t(n) * sizeof(int32_t), cudaMemcpyHostToDevice));
+    template <class X>
+    X* exactly(const X* host, int64 n = 1) {
+        X* to = room<X>(n);
+        CHECK_CUDA(cudaMemcpy(to, host, size_t(n) * sizeof(X), cudaMemcpyHostToDevice));
         return to;
     }
     void bring_back() const {
@@ -6675,7 +6643,7 @@ void linear_backward(Precision p, float* dx, float* dw, const float* dy, const f
 }
 void embedding_forward(Precision p, float* x, const int32_t* tokens, const float* embed, int64 rows, int64 D, int64 V) {
     twin(p, [&](auto& a, auto& f) {
-        embedding_forward(a.out(x, rows * D), f.integers(tokens, rows), f.in(embed, V * D), rows, D, nullptr);
+        embedding_forward(a.out(x, rows * D), f.exactly(tokens, rows), f.in(embed, V * D), rows, D, nullptr);
     });
 }
 void embedding_backward(Precision p, float* dembed, const float* dx, const int32_t* tokens, int64 rows, int64 D,
@@ -6683,9 +6651,8 @@ void embedding_backward(Precision p, float* dembed, const float* dx, const int32
     std::vector<int32_t> order, start;
     const int64 distinct = sort_by_token(&order, &start, tokens, rows, V);
     twin(p, [&](auto& a, auto& f) {
-        embedding_backward(f.inout(dembed, V * D), a.in(dx, rows * D), f.integers(tokens, rows),
-                           f.integers(order.data(), rows), f.integers(start.data(), distinct + 1), distinct, D,
-                           nullptr);
+        embedding_backward(f.inout(dembed, V * D), a.in(dx, rows * D), f.exactly(tokens, rows),
+                           f.exactly(order.data(), rows), f.exactly(start.data(), distinct + 1), distinct, D, nullptr);
     });
 }
 void residual_norm_forward(Precision p, float* out, float* u, float* rstd, const float* x, const float* m,
@@ -6755,27 +6722,34 @@ void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float
                         ld, 0, nullptr);
     });
 }
-// A residual stream whose rstd is 1.
 template <class A>
-static ResidualStream<A> unit_stream(Arrays<A>& a, Arrays<float>& f, int64 B, int64 D) {
-    const std::vector<float> ones(size_t(B * D), 1.0f);
-    return {a.scratch(B * D), a.in(ones), f.in(ones.data(), D), int(D), 0};
+static ResidualStream<A> stream_of(Arrays<A>& a, Arrays<float>& f, const ResidualTwin& r, int64 B, int64 D) {
+    return {a.out(r.out, B * D), a.in(r.x, B * D), f.in(r.w_res, D), int(D), float(r.eps)};
 }
-void ssd_step(Precision p, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
-              const ref::RopeTable<float>& table, int64 pos, bool decay, const SsdShape& n) {
+void ssd_step(Precision p, float* Y, float* S, const float* proj, const ResidualTwin& residual, const float* dt_bias,
+              const float* A_log, const ref::RopeTable<float>& table, int64 pos, bool decay, const SsdShape& n) {
+    const DecodeCursor cursor{pos, 0};
     twin(p, [&](auto& a, auto& f) {
         ssd_step(a.out(Y, n.B * n.H * n.P), f.inout(S, n.B * n.H * n.P * n.N), a.in(proj, n.B * n.ld),
-                 unit_stream(a, f, n.B, n.H * n.P), f.in(dt_bias, n.H), f.in(A_log, n.H), f.in(table.cos),
-                 f.in(table.sin), decay, n, pos, nullptr);
+                 stream_of(a, f, residual, n.B, n.H * n.P), f.in(dt_bias, n.H), f.in(A_log, n.H), f.in(table.cos),
+                 f.in(table.sin), decay, n, f.exactly(&cursor), nullptr);
     });
 }
 void attention_step(Precision p, float* y, float* k_cache, float* v_cache, const float* proj,
-                    const ref::RopeTable<float>& table, int64 past, int64 splits, const AttentionShape& n) {
+                    const ResidualTwin& residual, const ref::RopeTable<float>& table, int64 past, int64 splits,
+                    const AttentionShape& n) {
+    const DecodeCursor cursor{past, 0};
     twin(p, [&](auto& a, auto& f) {
         attention_step(a.out(y, n.B * n.H * n.P), f.scratch(n.B * n.H * splits * (n.P + 2)),
                        reinterpret_cast<unsigned*>(f.scratch(n.B * n.H)), a.inout(k_cache, n.B * n.seq_kv),
-                       a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q), unit_stream(a, f, n.B, n.H * n.P),
-                       f.in(table.cos), f.in(table.sin), n, past, splits, nullptr);
+                       a.inout(v_cache, n.B * n.seq_kv), a.in(proj, n.B * n.ld_q),
+                       stream_of(a, f, residual, n.B, n.H * n.P), f.in(table.cos), f.in(table.sin), n,
+                       f.exactly(&cursor), splits, nullptr);
+    });
+}
+void swiglu_step(Precision p, float* h, const float* gate_up, const ResidualTwin& residual, int64 B, int64 F, int64 D) {
+    twin(p, [&](auto& a, auto& f) {
+        swiglu_step(a.out(h, B * F), a.in(gate_up, B * 2 * F), stream_of(a, f, residual, B, D), B, F, nullptr);
     });
 }
 // RoPE's table on the device; null: none. It needs kSsdRopeRows positions.
@@ -6846,7 +6820,7 @@ void down_backward(Precision p, float* dgate_up, float* h, const float* dy, cons
 // Rows of logits are padded8(V) apart; they become the gradient of the sum of the losses.
 void cross_entropy(Precision p, float* losses, float* logits, const int32_t* targets, int64 rows, int64 V) {
     twin(p, [&](auto& a, auto& f) {
-        cross_entropy(f.out(losses, rows), a.inout(logits, rows * padded8(V)), f.integers(targets, rows), rows, V, true,
+        cross_entropy(f.out(losses, rows), a.inout(logits, rows * padded8(V)), f.exactly(targets, rows), rows, V, true,
                       nullptr);
     });
 }

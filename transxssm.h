@@ -602,13 +602,22 @@ void ssd_dt_forward(float* dt, float* dA, const float* dt_raw, const float* dt_b
 void ssd_dt_backward(float* ddt_raw, float* ddt_bias, float* dA_log, const float* ddt, const float* ddA,
                      const float* dt_raw, const float* dt_bias, const float* A_log, const float* dA, bool decay,
                      int64 rows, int64 H, int64 ld);
-// One token at position `pos`, from rows C | B | X | dt_raw before RoPE; S is advanced in place.
-void ssd_step(Precision, float* Y, float* S, const float* proj, const float* dt_bias, const float* A_log,
-              const ref::RopeTable<float>&, int64 pos, bool decay, const SsdShape&);
-// One token after `past` others, from rows q | k | v before RoPE; its k and v are appended to the caches. The keys are
-// dealt out to `splits` blocks.
-void attention_step(Precision, float* y, float* k_cache, float* v_cache, const float* proj,
+// What each kernel of a decode step does beside its own work: it multiplies its input by rstd of x's row (B,D), and
+// out = w_res * x.
+struct ResidualTwin {
+    float* out;
+    const float *x, *w_res;
+    double eps;
+};
+// One token at position `pos`, from rows C | B | X | dt_raw before RoPE and rstd; S is advanced in place.
+void ssd_step(Precision, float* Y, float* S, const float* proj, const ResidualTwin&, const float* dt_bias,
+              const float* A_log, const ref::RopeTable<float>&, int64 pos, bool decay, const SsdShape&);
+// One token after `past` others, from rows q | k | v before RoPE and rstd; its k and v are appended to the caches. The
+// keys are dealt out to `splits` blocks.
+void attention_step(Precision, float* y, float* k_cache, float* v_cache, const float* proj, const ResidualTwin&,
                     const ref::RopeTable<float>&, int64 past, int64 splits, const AttentionShape&);
+// h = swiglu(rstd gate_up)
+void swiglu_step(Precision, float* h, const float* gate_up, const ResidualTwin&, int64 B, int64 F, int64 D);
 // RoPE of C and B is part of these: angles of `table` (which has at least 65 positions) from position pos0 on; null: none.
 void ssd_chunked_forward(Precision, float* Y, float* S_T, const float* sc, const float* sb, const float* sx,
                          const float* dt, const float* dA, const float* S_0, const ref::RopeTable<float>* table,

@@ -364,10 +364,40 @@ TEST_CASE("cuda: SSD equals the reference, forward and backward, at odd lengths,
                     }
 }
 
+// The residual stream of a decode step, whose kernels multiply their input by each row's rstd and pass on w_res * x.
+namespace {
+struct StreamCase {
+    const Precision precision;
+    const int64 B, D;
+    const double eps = 1e-2;
+    const std::vector<float> x, w_res;
+    std::vector<float> out = sized<float>(B * D);
+    StreamCase(Precision p, int64 sequences, int64 width)
+        : precision(p),
+          B(sequences),
+          D(width),
+          x(normals(p, "x", B * D, 0.3)),
+          w_res(normals(Precision::fp32, "w_res", D, 0.5, 1)) {}
+    cuda::ResidualTwin twin() { return {out.data(), x.data(), w_res.data(), eps}; }
+    // `input` (B,ld) times rstd of its row, as the norm of the reference makes it.
+    std::vector<double> scaled(const std::vector<float>& input) const {
+        std::vector<double> v = wide(input), u = sized<double>(B * D), rstd = sized<double>(B);
+        rmsnorm_forward(u.data(), rstd.data(), wide(x).data(), std::vector<double>(size_t(D), 1).data(), eps, B, D);
+        for (size_t i = 0; i < v.size(); ++i) v[i] *= rstd[i / (v.size() / size_t(B))];
+        return v;
+    }
+    void check_out() const {
+        std::vector<double> want = wide(x);
+        for (size_t i = 0; i < want.size(); ++i) want[i] *= double(w_res[i % size_t(D)]);
+        CHECK_EQ(compare("out", out, want, tolerance(precision).plain), "");
+    }
+};
+}  // namespace
+
 TEST_CASE("cuda: the SSD decode step equals RoPE, dt and the recurrence") {
     for (const Case& k : precisions)
         for (const bool decay : {true, false})
-            for (const Shape& s : std::vector<Shape>{{1, 6, 14}, {3, 64, 128}, {5, 12, 36}}) {
+            for (const Shape& s : std::vector<Shape>{{1, 6, 14}, {3, 5, 12}, {3, 64, 128}, {5, 12, 36}}) {
                 const int64 B = 3, H = s[0], P = s[1], N = s[2], width = 2 * H * N + H * P + H,
                             ld = (width + 7) / 8 * 8;
                 const int64 PN = B * H * P * N, pos = 21;
@@ -378,7 +408,8 @@ TEST_CASE("cuda: the SSD decode step equals RoPE, dt and the recurrence") {
                 const auto bias = normals(Precision::fp32, "dt_bias", H), log = normals(Precision::fp32, "A_log", H);
                 std::vector<float> S = normals(Precision::fp32, "S", PN), gY = sized<float>(B * H * P), gS = S;
                 std::vector<double> Sd = wide(S), Y = sized<double>(B * H * P), dt = sized<double>(B * H), dA = dt;
-                auto pd = wide(p);
+                StreamCase residual(k.precision, B, H * P);
+                auto pd = residual.scaled(p);
                 RopeTable<double> table_d;
                 RopeTable<float> table;
                 table_d.extend(N, 10000, pos + 1);
@@ -388,8 +419,9 @@ TEST_CASE("cuda: the SSD decode step equals RoPE, dt and the recurrence") {
                                     wide(log).data(), decay, B, H, ld);
                 ssd_recurrent_forward(Y.data(), Sd.data(), pd.data(), pd.data() + H * N, pd.data() + 2 * H * N,
                                       dt.data(), dA.data(), Sd.data(), n);
-                cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), bias.data(), log.data(), table, pos, decay,
-                               n);
+                cuda::ssd_step(k.precision, gY.data(), gS.data(), p.data(), residual.twin(), bias.data(), log.data(),
+                               table, pos, decay, n);
+                residual.check_out();
                 CHECK_EQ(compare("Y", gY, Y, tolerance(k.precision).plain), "");
                 CHECK_EQ(compare("S", gS, Sd, 1e-6), "");  // fp32 in any precision
             }
@@ -413,8 +445,9 @@ TEST_CASE("cuda: the attention decode step equals RoPE and attention over the ca
                     std::vector<float> K = normals(k.precision, "K", B * n.seq_kv),
                                        V = normals(k.precision, "V", B * n.seq_kv);
                     std::vector<float> gK = K, gV = V, gy = sized<float>(B * H * P);
-                    std::vector<double> pd = wide(p), Kd = wide(K), Vd = wide(V), y = sized<double>(B * H * P),
-                                        lse = sized<double>(B * H);
+                    StreamCase residual(k.precision, B, H * P);
+                    std::vector<double> pd = residual.scaled(p), Kd = wide(K), Vd = wide(V),
+                                        y = sized<double>(B * H * P), lse = sized<double>(B * H);
                     RopeTable<double> table_d;
                     RopeTable<float> table;
                     table_d.extend(P, 10000, past + 1);
@@ -426,12 +459,30 @@ TEST_CASE("cuda: the attention decode step equals RoPE and attention over the ca
                             Vd[size_t(b * n.seq_kv + past * row + i)] = pd[size_t(b * ld + H * P + row + i)];
                         }
                     ref::attention_forward(y.data(), lse.data(), pd.data(), Kd.data(), Vd.data(), n);
-                    cuda::attention_step(k.precision, gy.data(), gK.data(), gV.data(), p.data(), table, past, splits,
-                                         n);
+                    cuda::attention_step(k.precision, gy.data(), gK.data(), gV.data(), p.data(), residual.twin(), table,
+                                         past, splits, n);
+                    residual.check_out();
                     CHECK_EQ(compare("y", gy, y, tolerance(k.precision).product), "");
                     CHECK_EQ(compare("k", gK, Kd, tolerance(k.precision).plain), "");
                     CHECK_EQ(compare("v", gV, Vd, tolerance(k.precision).plain), "");
                 }
+}
+
+TEST_CASE("cuda: the SwiGLU decode step equals norm and SwiGLU") {
+    for (const Case& k : precisions)
+        for (const Shape& s : std::vector<Shape>{{1, 1}, {6, 15}, {40, 24}, {1000, 333}, {768, 2048}, {1500, 8}}) {
+            const int64 B = 3, D = s[0], F = s[1];
+            CAPTURE(k.name);
+            CAPTURE(to_text(s));
+            const auto gate_up = normals(k.precision, "gate_up", B * 2 * F, 3);
+            StreamCase residual(k.precision, B, D);
+            std::vector<double> h = sized<double>(B * F);
+            std::vector<float> gh = sized<float>(B * F);
+            swiglu_forward(h.data(), residual.scaled(gate_up).data(), B, F);
+            cuda::swiglu_step(k.precision, gh.data(), gate_up.data(), residual.twin(), B, F, D);
+            residual.check_out();
+            CHECK_EQ(compare("h", gh, h, tolerance(k.precision).plain), "");
+        }
 }
 
 TEST_CASE("cuda: dt, its decay and their gradients equal the reference") {
@@ -888,7 +939,7 @@ TEST_CASE("cuda: decoding 1 to 8, 20 and 64 sequences equals the CPU's, for ever
         c.ssd_decay = false;
         c.N = 128;
         for (const int64 B : std::vector<int64>{2, 5}) check_decoding(k.precision, c, B, 1, 6, tol);
-        for (const int64 B : std::vector<int64>{1, 3, 8})  // a cache in several splits
+        for (const int64 B : std::vector<int64>{1, 3, 8, 9})  // a cache in several splits
             check_decoding(k.precision, wide_model(), B, 900, 5, tol);
         c.attn_period = 0;
         check_decoding(k.precision, c, 2, 1, 6, tol);
@@ -932,28 +983,39 @@ TEST_CASE("cuda: greedy decoding chooses the tokens that its own logits rank fir
     CHECK_ERROR(gpu->decode_greedy(*gpu->new_state(1, 4), &token, 2, 100, &token), "is not a finite number");
 }
 
-TEST_CASE("cuda: decoding follows the weights when they change") {
-    for (const Case& k : precisions) {
-        CAPTURE(k.name);
-        const Config c = small();
-        const int64 B = 3;
-        const auto tokens = random_tokens(c.V, B);
-        const auto decoded = [&](Engine& e) {
-            std::vector<float> logits(size_t(B * c.V));
-            e.step(*e.new_state(B, 1), tokens.data(), 1, logits.data());
-            return logits;
-        };
-        const auto old = make_cuda_engine(c, k.precision), fresh = make_cuda_engine(c, k.precision);
-        old->write(Buffer::weights, lively_weights(k.precision, c).data());
-        const auto before = decoded(*old);
-        train_steps(*old, 1, 2, 9, 1e-2);  // an optimizer's step
-        fresh->write(Buffer::weights, read_buffer(*old, Buffer::weights).data());
-        const auto after = decoded(*old);
-        CHECK(after != before);
-        CHECK_EQ(compare_bits("logits", after, decoded(*fresh)), "");
-        old->write(Buffer::weights, lively_weights(k.precision, c).data());
-        CHECK_EQ(compare_bits("logits", decoded(*old), before), "");
-    }
+TEST_CASE("cuda: decoding follows the weights when they change, in the midst of a sequence and after other passes") {
+    for (const Case& k : precisions)
+        for (const auto& kind : std::vector<std::pair<Config, int64>>{{small(), 3}, {wide_model(), 2}}) {
+            const Config& c = kind.first;
+            const int64 B = kind.second, count = 9;
+            CAPTURE(k.name);
+            CAPTURE(c.D);
+            const auto tokens = random_tokens(c.V, B * count);
+            // One engine goes on; the other is new after each change, with the state that was saved.
+            const auto old = make_cuda_engine(c, k.precision);
+            old->write(Buffer::weights, lively_weights(k.precision, c).data());
+            const auto state = old->new_state(B, count);
+            TempDir tmp;
+            std::vector<float> logits(size_t(B * c.V)), want(logits), before;
+            for (int64 at = 0; at < count; ++at) {
+                if (at == 3) train_steps(*old, 1, 2, 9, 1e-2);  // an optimizer's step, after which a graph is there
+                if (at == 6) {
+                    auto w = read_buffer(*old, Buffer::weights);
+                    for (float& x : w) x *= 0.9f;
+                    old->write(Buffer::weights, w.data());
+                }
+                if (at == 7) old->step(*old->new_state(B, 5), tokens.data(), 5, logits.data());  // a prompt
+                const auto fresh = make_cuda_engine(c, k.precision);
+                fresh->write(Buffer::weights, read_buffer(*old, Buffer::weights).data());
+                old->save_state(*state, tmp / "state");
+                const auto copy = fresh->load_state(tmp / "state", count);
+                old->step(*state, tokens.data() + at * B, 1, logits.data());
+                fresh->step(*copy, tokens.data() + at * B, 1, want.data());
+                CHECK_EQ(compare_bits("logits", logits, want), "");
+                CHECK(logits != before);
+                before = logits;
+            }
+        }
 }
 
 TEST_CASE("cuda: a saved state goes on as if it had not been saved, and moves between CPU and GPU") {
