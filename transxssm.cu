@@ -4481,7 +4481,8 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
 // ---- A whole token in one kernel ----------------------------------------------------------------------------------------
 // With a few sequences a layer's weights pass in a few microseconds, and the pauses between kernels would take longer than
 // that. So one kernel makes whole tokens, as many as are wanted. It has one block per multiprocessor, all of them running
-// at once (a cooperative launch), and every block owns the same share of the rows of every matrix. Compute capability 9.0.
+// at once (a cooperative launch), and every block owns the same share of the rows of every matrix, within six of them.
+// Compute capability 9.0.
 //
 // WEIGHTS. A block's rows of the four matrices of one layer fit into its shared memory. One warp does nothing but copy: as
 // soon as a matrix has been used, the next layer's follows in its place, so that memory never waits for arithmetic. But
@@ -4499,7 +4500,8 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
 // comes in sixes) and a tag that is new in each layer of each step. Such a word is written and read as one, so that whoever
 // finds the tag has the numbers, and no barrier is needed. Each word is written kTokenCopies times, for different readers,
 // since a place in the L2 cache that all ask for is slow. Nothing is overwritten too early: every block owns some of proj
-// and of h, and all words in the same place a layer later depend on those.
+// and of h, and all words in the same place a layer later depend on those. Nor too late: a word is always written by the
+// same thread.
 //
 // Per layer five exchanges: x -> projection -> y -> x_mid -> h -> x; attention has one more, between splits and y. After
 // the last layer one more yields the token, which begins the next step. `320m`, one sequence: 44% of the speed of a copy on
@@ -4515,6 +4517,8 @@ __device__ inline void send(Word* to, uint32_t a, uint32_t b, uint32_t c, uint32
         "r"(a), "r"(b), "r"(c), "r"(tag)
         : "memory");
 }
+// All four numbers must be used by whoever reads them: ptxas splits a load of 128 bits whose numbers are not, and then the
+// tag and the others come from different moments.
 __device__ inline Word peek(const Word* from) {
     Word w;
     asm volatile(
@@ -4566,6 +4570,7 @@ static constexpr int kTokenZeros = 32 * kTokenTiles * kTokenSteps;  // bytes
 static constexpr int kSumRow = kTokenWarps + 4;  // numbers from sum to sum, so that they lie in different banks
 // Words that a unit of y is made of, in shared memory as 12 bytes each; that q, k or v of a head is.
 static constexpr int kTokenStage = 96, kTokenVector = 24;
+static_assert(kTokenCopies <= 6, "each of a unit's six lanes sends one");
 
 struct TokenLayer {  // where a layer's parameters and state lie
     const bf16 *in, *out, *gate_up, *down;
@@ -4579,13 +4584,14 @@ struct TokenPlan {
     int64 capacity;
     float eps, inverse_d;
     bool decay;
-    int units = 0, most = 0;  // of attention, for a block; sequences and these units, as the kernel is compiled
-    // Words: kTokenCopies times x | y | mid | h | proj, which the products read (x twice: the head does, too), then best and
-    // partial
-    int from_at[5] = {}, proj_at = 0, copy_words = 0, best_at = 0, partial_at = 0;
+    int units = 0;  // of attention, for a block at most
+    int most = 0;   // kMost of the kernel: sequences, or these units, at most
+    // Words: kTokenCopies times x | y | mid | h, which the products read (x twice: the head does, too), and the projections
+    // of both kinds of layer, whose writers differ; then best and partial
+    int from_at[5] = {}, proj_at[2] = {}, copy_words = 0, best_at = 0, partial_at = 0;
     int64 words = 0;
-    // Shared memory in bytes: control | the layers | in, out, gate_up, down | activations (B,K), behind them the warps' sums,
-    // and scratch behind those of the projection; h, which is longer, lies in the place of the sums before
+    // Shared memory in bytes: control | the layers | in, out, gate_up, down | zeros | activations (B,K), behind them the
+    // warps' sums, and scratch behind those of in and of out; h, if it is longer, lies in the place of the sums before
     int row_d = 0, row_f = 0;  // from row to row of a matrix or of activations: D or F numbers, and 16 bytes more
     int matrix_at[5] = {};     // within the weights
     int slots = 0;             // tiles of the head, five units each, that fit in their place
@@ -4630,15 +4636,15 @@ __host__ __device__ inline Share share_of(int units, int block, int blocks) {
 }
 __host__ __device__ inline int sixes(int numbers) { return (numbers + 5) / 6; }
 static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, int blocks, int64 shared_limit) {
-    const bool fits = B <= kTokenSequences && c.D % 256 == 0 && c.F % 256 == 0 && c.N % 4 == 0 && c.N <= 128 &&
-                      c.P() % 16 == 0 && c.P() <= 128 && c.V < (1 << 30) && c.D <= 4096 && c.F <= 16384;
+    const bool fits = B >= 1 && B <= kTokenSequences && c.D % 256 == 0 && c.F % 256 == 0 && c.N % 4 == 0 &&
+                      c.N <= 128 && c.P() % 16 == 0 && c.P() <= 128 && c.V < (1 << 30) && c.D <= 4096 && c.F <= 16384;
     if (!fits) return false;
     *t = {
         int(B),     int(c.D),          int(c.F),       int(c.L),   int(c.H), int(c.Hkv),
         int(c.P()), int(c.N),          int(c.V),       0,          blocks,   {int(c.ssd_width()), int(c.attn_width())},
         capacity,   float(c.norm_eps), 1 / float(c.D), c.ssd_decay};
     // Every block has units of h and of every projection, or it could be left behind. Splits are for 132 multiprocessors,
-    // whatever the GPU: the order of attention's sums depends on it.
+    // whatever the GPU, and so is the order of attention's sums.
     const int enough = std::min({sixes(t->F), sixes(t->in_width[0]), sixes(t->in_width[1])});
     blocks = t->blocks = std::min(blocks, enough);
     t->splits = int(std::max<int64>(1, std::min<int64>({std::min(132, enough) / c.H, 32, ceil_div(capacity, 32)})));
@@ -4663,8 +4669,10 @@ static bool plan_token(TokenPlan* t, const Config& c, int64 B, int64 capacity, i
     t->from_at[1] = d_words;
     t->from_at[2] = 2 * d_words;
     t->from_at[3] = 3 * d_words;
-    int at = t->proj_at = 3 * d_words + int(B) * sixes(t->F);
-    t->copy_words = at += int(B) * sixes(std::max(t->in_width[0], t->in_width[1]));
+    int at = t->proj_at[0] = 3 * d_words + int(B) * sixes(t->F);
+    at = t->proj_at[1] = at + int(B) * sixes(t->in_width[0]);
+    // From copy to copy an odd multiple of 16 KB: up to 3% faster than other distances (docs/experiments.md).
+    t->copy_words = at = int(round_up(at + int(B) * sixes(t->in_width[1]), 2048)) + 1024;
     t->best_at = at *= kTokenCopies;
     t->partial_at = at += int(B) * blocks;
     t->words = at + B * c.H * t->splits * c.P() / 2;
@@ -4813,7 +4821,7 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
         it = next;
     }
     token_barrier();  // the warps' sums are there
-    // Two means and the logarithm of their weight: all of a word is used, or its load would be split.
+    // Two means and the logarithm of their weight.
     for (int i = thread; i < mine.count * half; i += kTokenThreads) {
         const int unit = i / half, pair = i % half;
         float out[2], top, sum;
@@ -4829,8 +4837,8 @@ __device__ inline void token_attention(const TokenPlan& n, const TokenArgs& g, c
 }
 
 // kLanes: lanes that share a key of attention, 8 of its P numbers each.
-// kMost: sequences at most, and units of attention. Instructions are what counts with one or two: they have less of them
-// under way, and three warps for a unit of y.
+// kMost: sequences at most, and units of attention. Instructions are what counts with one or two: there a lane has fewer
+// words under way, and three warps make a unit of y.
 template <int kLanes, int kMost>
 __global__ void __launch_bounds__(kTokenLaunch, 1)
     token_kernel(const __grid_constant__ TokenPlan n, const __grid_constant__ TokenArgs g) {
@@ -5004,13 +5012,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
         }
         return square;
     };
-    const auto rstd = [&](int b) {
-        float s[8];
-        load<8>(s, control.squares[b]);
-        const float all = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-        return rsqrtf(all * n.inverse_d + n.eps);
-    };
-    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16; for up to 4 sequences, those of up to 8 rows
+    // A product takes this warp's columns of up to 48 rows in tiles of 16 x 16; if kMost is up to 4, those of up to 8 rows
     // twice, the second half of the columns below the first. A warp loads kTokenTiles x kTokenSteps of them before the
     // activations are there: tile (t,u) begins 16 u after column tile_column(t), of `columns`, and only exists below that. Up
     // to 16 rows are one tile high: the others are further columns.
@@ -5036,7 +5038,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                 if (16 * u < left) load_matrices<false>(a[t][u], from + 16 * u);
         }
     };
-    // A column of the other operand is a sequence; of up to four, columns 2b and 2b + 1 are the two halves of sequence b.
+    // A column of the other operand is a sequence; if kMost is up to 4, columns 2b and 2b + 1 are the two halves of sequence b.
     // All others are zeros.
     const auto multiply_weights = [&](Sums& sum, const Tiles& a, int rows, int K, int k0) {
         const int width = columns(rows, K), b_of = few ? lane % 8 / 2 : lane % 8, half = few ? lane % 2 : 0;
@@ -5084,6 +5086,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
         load<4>(t, parts + 4);
         return ((s[0] + t[0]) + (s[1] + t[1])) + ((s[2] + t[2]) + (s[3] + t[3]));
     };
+    const auto rstd = [&](int b) { return rsqrtf(sum_of(control.squares[b]) * n.inverse_d + n.eps); };
     // The units that a block makes of a product are dealt out to groups of six lanes, of the last warps first: unit u of
     // sequence b is number b * stride + u.
     struct Item {
@@ -5149,19 +5152,20 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
             float* sums = reinterpret_cast<float*>(act + B * (kind == 3 ? max(n.row_d, n.row_f) : n.row_d));
             const float* parts = sums + (it.b * rows + row) * kSumRow;
             const int to = units.first + it.unit +
-                           (kind == 0 ? n.proj_at + it.b * words_in
+                           (kind == 0 ? n.proj_at[l.S ? 0 : 1] + it.b * words_in
                                       : n.from_at[(kind + 1) % 4] + it.b * (kind == 2 ? sixes(n.F) : words_d));
             float res = 0;
             if (kind % 2 == 1 && column_of(it) >= 0) res = (kind == 1 ? l.res1 : l.res2)[column_of(it)];
             if (kind == 1) {
                 // ---- projection -> y: a unit by one warp, or by three, two rows each
                 constexpr int kSpan = kPairs > 1 ? 44 : 24, kWords = (2 * kSpan + 4 + 31) / 32;
+                static_assert(32 * kWords <= kTokenStage, "a warp's words fit");
                 const int maker = (warp + kTokenWarps / 2) % kTokenWarps, y_b = control.y[maker].b,
                           y_unit = control.y[maker].unit, y_row = control.y[maker].row, y_head = control.y[maker].head;
                 const bool makes_y = y_b >= 0;
                 uint32_t* stage = reinterpret_cast<uint32_t*>(scratch) + warp * kTokenStage * 3;
                 uint32_t y[3] = {};
-                if (!l.S) token_attention<kLanes, kMost>(n, g, l, control, scratch, mail + n.proj_at, past, tag);
+                if (!l.S) token_attention<kLanes, kMost>(n, g, l, control, scratch, mail + n.proj_at[1], past, tag);
                 if (l.S && makes_y) {
                     // A lane has two pairs (j, j + N/2) of each row. What they are made of: words of C and of B, of up to
                     // two heads, of X and of dt; in `stage` six numbers, or three pairs, of each.
@@ -5183,7 +5187,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                     }
                     const int more = both ? lane / 16 : 0;  // the upper half of the warp makes the next head's dt
                     const float bias = l.dt_bias[y_head + more], log = l.A_log[y_head + more];
-                    const Word *proj = mail + n.proj_at + y_b * words_in, *where[kWords];
+                    const Word *proj = mail + n.proj_at[0] + y_b * words_in, *where[kWords];
                     Word w[kWords];
 #pragma unroll
                     for (int k = 0; k < kWords; ++k) {
@@ -5230,7 +5234,8 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                         hi[r] = {a * hi[r].x + dx * b_hi.x, a * hi[r].y + dx * b_hi.y};
                         sum[r] = lo[r].x * c_lo.x + lo[r].y * c_lo.y + (hi[r].x * c_hi.x + hi[r].y * c_hi.y);
                         if (!has_pairs) sum[r] = 0;
-                        if (has_pairs && 6 * y_unit + maker % kMakers * 2 + r < n.D) {  // else another warp's rows
+                        if (has_pairs && 6 * y_unit + maker % kMakers * 2 + r <
+                                             n.D) {  // else another warp's rows, and sum is of no use
                             s[r * half_n] = lo[r];
                             s[r * half_n + half_n / 2] = hi[r];
                         }
@@ -5266,7 +5271,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                         asm volatile("bar.sync %0, 96;" ::"r"(2 + maker / 3)
                                      : "memory");  // the three warps' pairs are there
 #pragma unroll
-                        for (int k = 0; k < 3; ++k) y[k] = control.pairs[min(maker + k, kTokenWarps - 1)];
+                        for (int k = 0; k < 3 && maker % kMakers == 0; ++k) y[k] = control.pairs[maker + k];
                     }
                     if (maker % kMakers == 0 && lane < kTokenCopies)
                         send(g.words + lane * n.copy_words + n.from_at[1] + y_b * words_d + y_unit, y[0], y[1], y[2],
@@ -5333,7 +5338,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
 #pragma unroll 1
             for (int k = lane; k < n.blocks; k += 32) {
                 const Word w = receive(all + k, tag);
-                top = max(top, Ranked(w.b) << 32 | (w.a & w.c));  // all of a word is used
+                top = max(top, Ranked(w.b) << 32 | (w.a & w.c));  // both are the same
             }
             top = warp_max(top);
             __threadfence();
