@@ -5039,7 +5039,7 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
         }
     };
     // A column of the other operand is a sequence; if kMost is up to 4, columns 2b and 2b + 1 are the two halves of sequence b.
-    // All others are zeros.
+    // All others are zeros. Where less than 32 columns are left, what is read beyond them is not used.
     const auto multiply_weights = [&](Sums& sum, const Tiles& a, int rows, int K, int k0) {
         const int width = columns(rows, K), b_of = few ? lane % 8 / 2 : lane % 8, half = few ? lane % 2 : 0;
         const bool mine = b_of < B && half <= twice(rows);
