@@ -4504,8 +4504,8 @@ __global__ void choose_kernel(int32_t* tokens, int32_t* chosen, DecodeCursor* cu
 // same thread.
 //
 // Per layer five exchanges: x -> projection -> y -> x_mid -> h -> x; attention has one more, between splits and y. After
-// the last layer one more yields the token, which begins the next step. `320m`, one sequence: 44% of the speed of a copy on
-// an H200, 61% on an H100.
+// the last layer one more yields the token, which begins the next step. `320m`, one sequence: 45% of the speed of a copy on
+// an H200, 62% on an H100.
 
 struct Word {
     uint32_t a, b, c, tag;
