@@ -5234,8 +5234,8 @@ __global__ void __launch_bounds__(kTokenLaunch, 1)
                         hi[r] = {a * hi[r].x + dx * b_hi.x, a * hi[r].y + dx * b_hi.y};
                         sum[r] = lo[r].x * c_lo.x + lo[r].y * c_lo.y + (hi[r].x * c_hi.x + hi[r].y * c_hi.y);
                         if (!has_pairs) sum[r] = 0;
-                        if (has_pairs && 6 * y_unit + maker % kMakers * 2 + r <
-                                             n.D) {  // else another warp's rows, and sum is of no use
+                        // else another warp's rows, and sum is of no use
+                        if (has_pairs && 6 * y_unit + maker % kMakers * 2 + r < n.D) {
                             s[r * half_n] = lo[r];
                             s[r * half_n + half_n / 2] = hi[r];
                         }
@@ -5585,7 +5585,7 @@ class Model {
     Blas blas;
     Memory buffers[4], copy, adamw_tiles, activations, rope_memory, scratch;
     int64 adamw_tile_count = 0, copy_count = 0, folded_count = 0;
-    int64 weights_version = 1, folded_version = 0;       // how often the weights have changed; `folded` is as of then
+    int64 weights_version = 1, folded_version = 0;  // how often the weights have changed; that of `folded`, 0: none
     std::map<std::pair<int64, Param>, Matrix> matrices;  // (layer, first parameter)
     // of the last forward
     std::vector<LayerActivations<A>> layers;
@@ -5854,11 +5854,8 @@ void Model<A>::prepare(int64 batch, int64 length, Purpose purpose) {
                 carve(&smaller, middle, length, purpose);
                 (smaller.used <= free ? fits : too_many) = middle;
             }
-            std::string advice = "not even a batch of 1 fits: shorten --seq-len";
-            if (purpose == Purpose::folded_steps)
-                advice = format("%s of it is decoding's copy of the matrices",
-                                byte_text(double(folded_count) * sizeof(A)).c_str());
-            if (fits > 0) advice = format("a batch of %lld fits", (long long)fits);
+            std::string advice = fits > 0 ? format("a batch of %lld fits", (long long)fits)
+                                          : std::string("not even a batch of 1 fits: shorten --seq-len");
             if (purpose == Purpose::training && !recompute) advice += "; train --recompute needs less";
             fail("GPU: %lld x %lld tokens need %s of memory, %s are free; %s", (long long)batch, (long long)length,
                  byte_text(double(plan.used)).c_str(), byte_text(double(free)).c_str(), advice.c_str());
